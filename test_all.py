@@ -1,0 +1,723 @@
+"""Every formula against an independent oracle, every promise of the README against a run.
+
+    pytest test_all.py            about five minutes on two CPU cores
+
+A test's name is a sentence of the paper or a promise of ours. benchmarks/mutants.py breaks the
+formulas one at a time and shows which of these turns red.
+"""
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+import loss as losses
+import sample as sampling
+import schedule
+import train
+import uvit
+import wavelet
+
+HERE = Path(__file__).parent
+torch.set_num_threads(1)                    # small tensors: a second thread only gets in the way
+TIMES = torch.tensor([0, 1e-3, .5, .999, 1], dtype=torch.float64)
+
+
+def np_logsnr_cosine(t):
+    """The clipped cosine by its definition, alpha = cos, sigma = sin: an oracle in numpy, float64."""
+    low, high = np.arctan(np.exp(-7.5)), np.arctan(np.exp(7.5))
+    angle = low + np.asarray(t, np.float64) * (high - low)
+    return np.log(np.cos(angle) ** 2 / np.sin(angle) ** 2)
+
+
+# ---------------------------------------------------------------------------- schedule.py
+
+def test_cosine_schedule_is_log_of_cos_over_sin_and_clipped_at_15():
+    ours = schedule.logsnr_cosine(TIMES).numpy()
+    assert np.allclose(ours, np_logsnr_cosine(TIMES), rtol=0, atol=1e-9)
+    assert np.allclose(ours[[0, 2, 4]], [15, 0, -15], atol=1e-9)
+    assert abs(ours[3] - -12.31) < .01      # not the -15.25 of a schedule in bfloat16
+
+
+def test_schedule_is_float32_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        for name in ("cosine", "shifted", "interpolated"):
+            ours = schedule.logsnr_schedule(name, 128)(TIMES.float())
+            exact = schedule.logsnr_schedule(name, 128)(TIMES)
+            assert ours.dtype == torch.float32
+            assert torch.allclose(ours.double(), exact, rtol=0, atol=1e-3)
+            assert all(part.dtype == torch.float32 for part in schedule.alpha_sigma(ours))
+
+
+def test_schedule_refuses_bfloat16_times():
+    with pytest.raises(AssertionError, match="float32"):
+        schedule.logsnr_cosine(torch.zeros(1, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("d, noise_d", [(64, 64), (128, 32), (512, 64), (256, 256), (96, 32)])
+def test_shift_is_two_log_ratio(d, noise_d):
+    shift = schedule.logsnr_shifted(TIMES, d, noise_d) - schedule.logsnr_cosine(TIMES)
+    assert torch.allclose(shift, torch.full_like(shift, 2 * np.log(noise_d / d)), atol=1e-9)
+    snr = np.exp(schedule.logsnr_shifted(TIMES, d, noise_d).numpy())                    # Eq. 5 as printed
+    assert np.allclose(snr, np.exp(np_logsnr_cosine(TIMES)) * (noise_d / d) ** 2, rtol=1e-9)
+    assert torch.equal(schedule.logsnr_shifted(TIMES, 77), schedule.logsnr_shifted(TIMES, 77, 32))   # the default
+
+
+def test_averaging_multiplies_snr_by_s_squared():
+    """Eq. 4 on noise: pooled s x s, z at the shifted logsnr has the SNR of the cosine schedule at noise_d."""
+    torch.manual_seed(0)
+    d, noise_d, t = 256, 64, torch.tensor([.3], dtype=torch.float64)
+    alpha, sigma = schedule.alpha_sigma(schedule.logsnr_shifted(t, d, noise_d))
+    z = alpha * .5 + sigma * torch.randn(64, 1, d, d, dtype=torch.float64)
+    pooled = F.avg_pool2d(z, d // noise_d)
+    snr = (pooled.mean() / .5) ** 2 / pooled.var()
+    assert abs(np.log(snr.item()) - np_logsnr_cosine(.3)) < .02
+
+
+def test_interpolated_is_shift_32_at_noise_and_shift_256_at_data():
+    for d in (256, 512):
+        ours = schedule.logsnr_interpolated(TIMES, d).numpy()
+        low, high = (np_logsnr_cosine(TIMES) + 2 * np.log(n / d) for n in (32, 256))
+        t = TIMES.numpy()
+        assert np.allclose(ours, t * low + (1 - t) * high, atol=1e-9)
+        assert np.isclose(ours[-1], low[-1]) and np.isclose(ours[0], high[0])
+        assert (ours[1:] < ours[:-1]).all()
+
+
+def test_schedules_by_name_are_the_schedules():
+    assert torch.equal(schedule.logsnr_schedule("cosine", 128)(TIMES), schedule.logsnr_cosine(TIMES))
+    assert torch.equal(schedule.logsnr_schedule("shifted", 128, 64)(TIMES), schedule.logsnr_shifted(TIMES, 128, 64))
+    assert torch.equal(schedule.logsnr_schedule("interpolated", 128, 64)(TIMES), schedule.logsnr_interpolated(TIMES, 128, 64))
+
+
+def test_variance_is_preserved_and_logsnr_is_log_alpha2_over_sigma2():
+    logsnr = torch.linspace(-20, 20, 41, dtype=torch.float64)
+    alpha, sigma = schedule.alpha_sigma(logsnr)
+    assert alpha.shape == sigma.shape == (41, 1, 1, 1)
+    assert torch.allclose(alpha**2 + sigma**2, torch.ones_like(alpha), atol=1e-12)
+    assert torch.allclose(torch.log(alpha**2 / sigma**2).flatten(), logsnr, atol=1e-9)
+
+
+# ---------------------------------------------------------------------------- wavelet.py
+
+def slow_lift(x, floor=False):
+    """5/3 lifting of a list, index by index, borders mirrored; with the floors of JPEG 2000's reversible transform."""
+    n = len(x)
+    mirror = lambda i: x[-i if i < 0 else 2 * (n - 1) - i if i >= n else i]
+    if floor:
+        d = [mirror(2 * i + 1) - (mirror(2 * i) + mirror(2 * i + 2)) // 2 for i in range(n // 2)]
+        s = [mirror(2 * i) + (d[max(i - 1, 0)] + d[i] + 2) // 4 for i in range(n // 2)]
+    else:
+        d = [mirror(2 * i + 1) - (mirror(2 * i) + mirror(2 * i + 2)) / 2 for i in range(n // 2)]
+        s = [mirror(2 * i) + (d[max(i - 1, 0)] + d[i]) / 4 for i in range(n // 2)]
+    return s, d
+
+
+def slow_dwt(x, levels, floor=False):
+    """(H, W) array -> list of bands [low, then (d along x, d along y, d along both) coarse to fine], each (h, w)."""
+    if levels == 0:
+        return [x]
+    rows = [slow_lift(list(row), floor) for row in x]
+    halves = [np.array([row[k] for row in rows]) for k in (0, 1)]                       # s and d along x
+    bands = {}
+    for name, half in zip("sd", halves):
+        columns = [slow_lift(list(column), floor) for column in half.T]
+        for k, along_y in enumerate("sd"):
+            bands[name + along_y] = np.array([column[k] for column in columns]).T
+    return slow_dwt(bands["ss"], levels - 1, floor) + [bands["ds"], bands["sd"], bands["dd"]]
+
+
+def unfolded(y, levels):
+    """(4^levels, h, w) channels of dwt -> the bands of slow_dwt: undoes space to depth by slicing."""
+    bands, at = [y[0]], 1
+    for level in range(levels, 0, -1):
+        fold = 2 ** (levels - level)
+        for _ in range(3):
+            band = np.zeros((y.shape[1] * fold, y.shape[2] * fold), y.dtype)
+            for row in range(fold):
+                for column in range(fold):
+                    band[row::fold, column::fold] = y[at]
+                    at += 1
+            bands.append(band)
+    return bands
+
+
+@pytest.mark.parametrize("levels, size", [(1, (6, 10)), (1, (2, 2)), (2, (8, 12)), (3, (16, 8)), (2, (4, 4))])
+def test_wavelet_is_the_5_3_lifting_of_a_slow_loop(levels, size):
+    x = np.random.default_rng(0).normal(size=(2, 3, *size))
+    y = wavelet.dwt(torch.from_numpy(x), levels).numpy()
+    assert y.shape == (2, 3 * 4**levels, size[0] // 2**levels, size[1] // 2**levels)
+    single = wavelet.dwt(torch.from_numpy(x[:, :1]), levels).numpy()
+    for picture in range(2):
+        for ours, slow in zip(unfolded(single[picture], levels), slow_dwt(x[picture, 0], levels), strict=True):
+            assert np.allclose(ours, slow, atol=1e-12)
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_wavelet_is_jpeg_2000_reversible_on_integers(levels):
+    """Where every division is exact the floors change nothing; elsewhere each lifting step is off by less than one."""
+    x = np.random.default_rng(1).integers(0, 256, (16, 16))
+    exact = x * 64**levels                                       # each level divides by 2 and 4 along both axes
+    ours = unfolded(wavelet.dwt(torch.from_numpy(exact)[None, None].double(), levels)[0].numpy(), levels)
+    for a, b in zip(ours, slow_dwt(exact, levels, floor=True), strict=True):
+        assert np.array_equal(a, b)
+    s, d = wavelet.lift(torch.from_numpy(x).double())
+    for row, s_row, d_row in zip(x, s, d):
+        floors = slow_lift([int(v) for v in row], floor=True)
+        assert np.abs(s_row.numpy() - floors[0]).max() < 1 and np.abs(d_row.numpy() - floors[1]).max() < 1
+
+
+def test_wavelet_has_the_taps_of_the_5_3_filter_bank():
+    x = np.random.default_rng(2).normal(size=64)
+    s, d = (band.numpy() for band in wavelet.lift(torch.from_numpy(x)))
+    low, high = np.convolve(x, np.array([-1, 2, 6, 2, -1]) / 8, "same"), np.convolve(x, np.array([-1, 2, -1]) / 2, "same")
+    assert np.allclose(s[1:-1], low[2:-2:2], atol=1e-12) and np.allclose(d[:-1], high[1:-1:2], atol=1e-12)
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+@pytest.mark.parametrize("size", [(8, 8), (16, 8), (24, 40), (64, 64)])
+def test_wavelet_inverts(levels, size):
+    x = torch.randn(2, 3, *size)
+    assert (wavelet.idwt(wavelet.dwt(x, levels), levels) - x).abs().max() < 1e-5
+    y = torch.randn(2, 4**levels, *(n // 2**levels for n in size))
+    assert (wavelet.dwt(wavelet.idwt(y, levels), levels) - y).abs().max() < 1e-4
+
+
+def test_wavelet_inverts_the_smallest_pictures():
+    for levels in (1, 2, 3):
+        x = torch.randn(1, 1, 2**levels, 2**levels)
+        assert wavelet.dwt(x, levels).shape == (1, 4**levels, 1, 1)
+        assert (wavelet.idwt(wavelet.dwt(x, levels), levels) - x).abs().max() < 1e-5
+    assert wavelet.dwt(x, 0) is x and wavelet.idwt(x, 0) is x
+
+
+def test_wavelet_is_linear():
+    x, y = torch.randn(2, 1, 3, 16, 24, dtype=torch.float64)
+    together = wavelet.dwt(2 * x - 3 * y, 2)
+    assert torch.allclose(together, 2 * wavelet.dwt(x, 2) - 3 * wavelet.dwt(y, 2), atol=1e-12)
+
+
+def test_constant_picture_has_zero_fine_bands_and_keeps_its_scale():
+    y = wavelet.dwt(torch.full((1, 1, 16, 16), .7), 3)
+    assert torch.allclose(y[:, :1], torch.tensor(.7)) and y[:, 1:].abs().max() < 1e-6
+
+
+def test_wavelet_512_two_levels_is_128_by_48():
+    assert wavelet.dwt(torch.zeros(1, 3, 512, 512), 2).shape == (1, 48, 128, 128)
+
+
+def test_wavelet_refuses_sizes_that_do_not_divide():
+    with pytest.raises(AssertionError, match="divisible by 4"):
+        wavelet.dwt(torch.zeros(1, 3, 8, 10), 2)
+    with pytest.raises(AssertionError, match="divisible by 4"):
+        wavelet.dwt(torch.zeros(1, 3, 10, 8), 2)
+    with pytest.raises(AssertionError, match="channels"):
+        wavelet.idwt(torch.zeros(1, 15, 8, 8), 2)
+
+
+def test_wavelet_gradient_is_the_numerical_one():
+    x = torch.randn(1, 1, 4, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: wavelet.dwt(x, 2), x)
+    y = torch.randn(1, 16, 1, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda y: wavelet.idwt(y, 2), y)
+
+
+# ---------------------------------------------------------------------------- loss.py
+
+class Perfect:
+    """A model that knows x: v_hat = (alpha z - x) / sigma, from logsnr by numpy; `off` is added to v_hat."""
+    def __init__(self, x, off=0.0):
+        self.x, self.off = x, off
+
+    def __call__(self, z, logsnr, label=None):
+        alpha, sigma = ((1 / (1 + np.exp(s * logsnr.double().numpy()))) ** .5 for s in (-1, 1))
+        alpha, sigma = (torch.from_numpy(a)[:, None, None, None] for a in (alpha, sigma))
+        return (alpha * z - self.x) / sigma + self.off
+
+
+def one_batch(size=8, batch=4, dtype=torch.float64):
+    torch.manual_seed(0)
+    x, eps, off = torch.rand(batch, 3, size, size, dtype=dtype) * 2 - 1, *torch.randn(2, batch, 3, size, size, dtype=dtype)
+    return x, torch.linspace(.1, .9, batch, dtype=dtype), eps, off
+
+
+@pytest.mark.parametrize("kind", ["eps", "v"])
+@pytest.mark.parametrize("multiscale", [False, True])
+def test_perfect_model_has_zero_loss(kind, multiscale):
+    x, t, eps, off = one_batch(64)
+    assert losses.diffusion_loss(Perfect(x), x, t, eps, schedule.logsnr_cosine, kind=kind, multiscale=multiscale) < 1e-10
+    assert losses.diffusion_loss(Perfect(x, off), x, t, eps, schedule.logsnr_cosine, kind=kind, multiscale=multiscale) > 1e-3
+
+
+def test_eps_mse_is_alpha_squared_v_mse():
+    x, _, eps, off = one_batch()
+    for t in (.2, .5, .8):
+        t = torch.full((4,), t, dtype=torch.float64)
+        alpha2 = np.cos(np.arctan(np.exp(-np_logsnr_cosine(t)[0] / 2))) ** 2
+        mse = {kind: losses.diffusion_loss(Perfect(x, off), x, t, eps, schedule.logsnr_cosine, kind=kind).item() for kind in ("eps", "v")}
+        assert np.isclose(mse["v"], off.square().mean().item(), rtol=1e-6)
+        assert np.isclose(mse["eps"], alpha2 * mse["v"], rtol=1e-6)
+
+
+def test_v_x_and_eps_are_one_rotation():
+    x, t, eps, _ = one_batch()
+    angle = torch.linspace(.1, 1.5, 4, dtype=torch.float64)[:, None, None, None]
+    alpha, sigma = angle.cos(), angle.sin()
+    z, v = alpha * x + sigma * eps, losses.v_from_x_eps(x, eps, alpha, sigma)
+    later = (angle + 1e-6).cos() * x + (angle + 1e-6).sin() * eps
+    assert torch.allclose(v, (later - z) / 1e-6, atol=1e-5)                             # v is dz / d angle
+    assert torch.allclose(losses.x_from_v(z, v, alpha, sigma), x, atol=1e-12)
+    assert torch.allclose(losses.eps_from_v(z, v, alpha, sigma), eps, atol=1e-12)
+
+
+def test_network_sees_z_logsnr_and_label():
+    x, t, eps, _ = one_batch()
+    seen = []
+    losses.diffusion_loss(lambda *args: seen.extend(args) or torch.zeros_like(x), x, t, eps, schedule.logsnr_cosine, label="label")
+    z, logsnr, label = seen
+    angle = np.arctan(np.exp(-np_logsnr_cosine(t) / 2))[:, None, None, None]
+    assert np.allclose(z, np.cos(angle) * x.numpy() + np.sin(angle) * eps.numpy(), atol=1e-9)        # Eq. 1
+    assert np.allclose(logsnr, np_logsnr_cosine(t), atol=1e-9) and label == "label"
+
+
+def test_loss_refuses_an_unknown_kind():
+    with pytest.raises(AssertionError, match="kind"):
+        losses.diffusion_loss(None, *one_batch()[:3], schedule.logsnr_cosine, kind="x")
+
+
+def test_pooled_unit_noise_from_256_to_32_has_variance_1_64():
+    """multiscale_mse of unit noise: sum over s of (1/s) (s/256)^2, so the 32 x 32 term has variance 1/64."""
+    torch.manual_seed(0)
+    eps = torch.randn(16, 3, 256, 256)
+    assert abs(F.avg_pool2d(eps, 8).var().item() * 64 - 1) < .02
+    whole, cut = losses.multiscale_mse(torch.zeros_like(eps), eps), sum((s / 256) ** 2 / s for s in (64, 128, 256))
+    assert abs((whole.item() - cut) * 32 * 64 - 1) < .1
+
+
+def test_multiscale_weights_by_hand():
+    """64 x 64: (1/64) mean e^2 + (1/32) mean (2 x 2 means)^2; a constant error counts fully in both, a checkerboard in one."""
+    constant, board = torch.full((1, 1, 64, 64), 2.0), torch.ones(1, 1, 64, 64)
+    board[..., ::2, ::2] = board[..., 1::2, 1::2] = -1
+    zero = torch.zeros_like(board)
+    assert math.isclose(losses.multiscale_mse(constant, zero), 4 / 64 + 4 / 32, rel_tol=1e-6)
+    assert math.isclose(losses.multiscale_mse(zero, board), 1 / 64, rel_tol=1e-6)
+    assert math.isclose(losses.multiscale_mse(F.interpolate(board, scale_factor=2), torch.zeros(1, 1, 128, 128)), 1 / 128 + 1 / 64, rel_tol=1e-6)
+    assert math.isclose(losses.multiscale_mse(torch.ones(2, 3, 32, 32), torch.zeros(2, 3, 32, 32)), 1 / 32, rel_tol=1e-6)
+    assert math.isclose(losses.multiscale_mse(torch.ones(1, 1, 32, 128), torch.zeros(1, 1, 32, 128)), 1 / 64 + 1 / 32, rel_tol=1e-6)
+
+
+# ---------------------------------------------------------------------------- sample.py
+
+class Exact:
+    """The exact denoiser of known data, float64: x_hat(z) = E[x | z], returned as v_hat. Counts its calls."""
+    classes = 0
+
+    def __init__(self, posterior_mean):
+        self.posterior_mean, self.calls = posterior_mean, []
+
+    def __call__(self, z, logsnr, label=None):
+        self.calls.append((z, logsnr, label))
+        angle = torch.atan(torch.exp(-logsnr / 2))[:, None, None, None]
+        return (angle.cos() * z - self.posterior_mean(z, angle.cos(), angle.sin())) / angle.sin()
+
+
+def gaussian(mean, deviation):
+    def posterior_mean(z, alpha, sigma):
+        return mean + alpha * deviation**2 / (alpha**2 * deviation**2 + sigma**2) * (z - alpha * mean)
+    return Exact(posterior_mean)
+
+
+def two_points(a, b, weight_of_b):
+    def posterior_mean(z, alpha, sigma):
+        log_odds = math.log(weight_of_b / (1 - weight_of_b)) + ((z - alpha * a) ** 2 - (z - alpha * b) ** 2) / (2 * sigma**2)
+        return a + (b - a) * torch.sigmoid(log_odds)
+    return Exact(posterior_mean)
+
+
+def unit_noise(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return lambda: torch.randn(count, 1, 1, 1, dtype=torch.float64, generator=generator)
+
+
+SAMPLERS = [("ancestral", 0.0), ("ancestral", 0.2), ("ancestral", 1.0), ("ddim", 0.0)]
+
+
+@pytest.mark.parametrize("sampler, gamma", SAMPLERS)
+def test_sampler_recovers_gaussian(sampler, gamma):
+    x = sampling.sample(gaussian(.2, .15), schedule.logsnr_cosine, unit_noise(40_000), 250, sampler=sampler, gamma=gamma)
+    assert abs(x.mean().item() - .2) < .005
+    assert abs(x.std().item() / .15 - 1) < .05                  # 250 steps at gamma = 0 narrow it by 4%
+
+
+@pytest.mark.parametrize("sampler, gamma", SAMPLERS)
+def test_sampler_recovers_two_points_and_their_weights(sampler, gamma):
+    x = sampling.sample(two_points(-.6, .8, .3), schedule.logsnr_cosine, unit_noise(10_000), 100, sampler=sampler, gamma=gamma)
+    assert torch.minimum((x + .6).abs(), (x - .8).abs()).max() < .02
+    assert abs((x > 0).double().mean().item() - .3) < .02
+
+
+@pytest.mark.parametrize("sampler, gamma", SAMPLERS)
+def test_sampler_steps_are_gaussian_conditioning(sampler, gamma):
+    """A few coarse steps on Gaussian data, where every z stays Gaussian: mean and variance by a scalar recursion.
+
+    The oracle is Bayes' rule for z_s given z_t and x, in the alpha_t|s, sigma_t|s form; DDIM's is that of one eps.
+    """
+    m, d, steps = .1, .2, 6
+    mean, variance = 0.0, 1.0
+    for i in range(steps):
+        angle_t, angle_s = (np.arctan(np.exp(-np_logsnr_cosine(1 - k / steps) / 2)) for k in (i, i + 1))
+        a_t, s_t, a_s, s_s = np.cos(angle_t), np.sin(angle_t), np.cos(angle_s), np.sin(angle_s)
+        gain = a_t * d**2 / (a_t**2 * d**2 + s_t**2)                        # x_hat = m + gain (z - a_t m)
+        if i == steps - 1:
+            of_z, of_x, noise = 0.0, 1.0, 0.0                               # the last step is x_hat
+        elif sampler == "ddim":
+            of_z, of_x, noise = s_s / s_t, a_s - s_s * a_t / s_t, 0.0
+        else:
+            a_ts, s_ts2 = a_t / a_s, s_t**2 - (a_t / a_s) ** 2 * s_s**2
+            of_z, of_x = a_ts * s_s**2 / s_t**2, a_s * s_ts2 / s_t**2
+            noise = s_ts2**gamma * (s_ts2 * s_s**2 / s_t**2) ** (1 - gamma)
+        mean = (of_z + of_x * gain) * mean + of_x * (1 - gain * a_t) * m
+        variance = (of_z + of_x * gain) ** 2 * variance + noise
+    x = sampling.sample(gaussian(m, d), schedule.logsnr_cosine, unit_noise(400_000), steps, sampler=sampler, gamma=gamma)
+    assert abs(x.mean().item() - mean) < .002
+    assert abs(x.var().item() / variance - 1) < .01
+
+
+@pytest.mark.parametrize("sampler, gamma", SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_sampler_makes_exactly_steps_calls_on_a_uniform_grid(sampler, gamma, steps):
+    model = gaussian(0, .2)
+    sampling.sample(model, schedule.logsnr_cosine, unit_noise(3), steps, sampler=sampler, gamma=gamma)
+    times = [1 - i / steps for i in range(steps)]
+    assert np.allclose([logsnr[0].item() for _, logsnr, _ in model.calls], np_logsnr_cosine(times), atol=1e-3)
+
+
+@pytest.mark.parametrize("sampler, gamma", SAMPLERS)
+def test_last_step_is_x_hat_clipped(sampler, gamma):
+    for mean in (.3, 5.0):
+        model = gaussian(mean, .2)
+        x = sampling.sample(model, schedule.logsnr_cosine, unit_noise(50), 5, sampler=sampler, gamma=gamma)
+        z, logsnr, _ = model.calls[-1]
+        angle = torch.atan(torch.exp(-logsnr / 2))[:, None, None, None]
+        assert torch.allclose(x, model.posterior_mean(z, angle.cos(), angle.sin()).clamp(-1, 1), atol=1e-6)
+    assert torch.equal(x, torch.ones_like(x))
+
+
+class Labelled:
+    """v_hat = label as a number, 10 classes, null class worth 10: guidance by hand."""
+    classes = 10
+
+    def __call__(self, z, logsnr, label):
+        self.batch = len(z)
+        return label.to(z.dtype)[:, None, None, None].expand_as(z)
+
+
+def test_guidance_1_is_the_conditional_model_and_else_one_call_of_both():
+    model, z, label = Labelled(), torch.zeros(2, 1, 1, 1), torch.tensor([3, 4])
+    by_hand = lambda scale: [(1 + (scale - 1)) * c - (scale - 1) * 10 for c in (3, 4)]      # (1 + eta) cond - eta uncond
+    for scale in (1, 0, 2.5):
+        assert torch.allclose(sampling.guided(model, z, torch.zeros(2), label, scale).flatten(), torch.tensor(by_hand(scale)) + .0)
+        assert model.batch == (2 if scale == 1 else 4)
+
+
+def test_guidance_on_v_is_guidance_on_eps():
+    """The paper combines eps_hat; v is affine in eps at the same z, so combining v is the same."""
+    z, v_cond, v_uncond = torch.randn(3, 4, 3, 2, 2, dtype=torch.float64)
+    alpha, sigma, eta = .6, .8, 1.5
+    eps_cond, eps_uncond = (losses.eps_from_v(z, v, alpha, sigma) for v in (v_cond, v_uncond))
+    v = (1 + eta) * v_cond - eta * v_uncond
+    assert torch.allclose(losses.eps_from_v(z, v, alpha, sigma), (1 + eta) * eps_cond - eta * eps_uncond)
+
+
+def test_noise_of_a_picture_does_not_depend_on_its_batch():
+    together, alone = sampling.picture_noise(3, range(4), 8, "cpu"), sampling.picture_noise(3, [2], 8, "cpu")
+    for _ in range(2):
+        assert torch.equal(together()[2], alone()[0])
+    assert not torch.equal(together()[0], together()[0])
+    noise = sampling.picture_noise(3, range(64), 32, "cpu")()
+    assert abs(noise.mean()) < .01 and abs(noise.std() - 1) < .01
+
+
+# ---------------------------------------------------------------------------- uvit.py
+
+def small_uvit(res=32, **options):
+    torch.manual_seed(0)
+    shape = dict(widths=(16, 16, 32, 64), blocks=(1, 1, 2), depth=2, head=32, emb=32, classes=10)
+    return uvit.UViT(res, **(shape | options))
+
+
+def trained(model, steps=4, res=32):
+    """A few steps of Adam. (After one, only the output layer has left zero: by design nothing else can matter yet.)"""
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    x, label = torch.rand(4, 3, res, res) * 2 - 1, torch.arange(4)
+    for _ in range(steps):
+        loss = losses.diffusion_loss(model, x, torch.rand(4), torch.randn_like(x), schedule.logsnr_cosine, label if model.classes else None)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", uvit.PRESETS)
+def test_output_is_zero_at_the_start(name):
+    if name in ("base", "paper"):
+        return                              # the same code, too large for a laptop's test
+    model = uvit.UViT(64, **uvit.PRESETS[name], classes=3)
+    v_hat = model(torch.randn(1, 3, 64, 64), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+    assert v_hat.shape == (1, 3, 64, 64) and v_hat.abs().max() == 0
+
+
+@pytest.mark.parametrize("patch", ["dwt", "conv", "none"])
+def test_every_patch_keeps_the_shape_and_gives_every_weight_a_gradient(patch):
+    model = trained(small_uvit(256, patch=patch, widths=(8, 8, 8, 16), head=8), steps=3, res=256)
+    z = torch.randn(1, 3, 256, 256)
+    v_hat = model(z, torch.zeros(1), torch.tensor([3]))
+    assert v_hat.shape == z.shape
+    v_hat.square().sum().backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
+
+
+def test_logsnr_label_and_position_change_the_output():
+    model = trained(small_uvit())
+    z, logsnr, label = torch.randn(2, 3, 32, 32), torch.zeros(2), torch.tensor([1, 2])
+    out = model(z, logsnr, label)
+    assert (model(z, logsnr + 1, label) - out).abs().max() > 1e-4
+    assert (model(z, logsnr, label + 1) - out).abs().max() > 1e-4
+    assert (model(z, logsnr) - out).abs().max() > 1e-4
+    assert torch.equal(model(z, logsnr), model(z, logsnr, torch.full((2,), model.classes)))      # None is the null class
+    model.position.data = model.position.data.flip(-1)
+    assert (model(z, logsnr, label) - out).abs().max() > 1e-4
+
+
+def test_each_skip_changes_the_output():
+    model = trained(small_uvit(64), res=64)
+    z, logsnr = torch.randn(2, 3, 64, 64), torch.zeros(2)
+    out, blocks = model(z, logsnr), [block for level in model.up for block in level]
+    assert len(blocks) == sum(len(level) for level in model.down) == 3
+    for block in blocks:
+        hook = block.norm_skip.register_forward_pre_hook(lambda _, args: (torch.zeros_like(args[0]),))
+        assert (model(z, logsnr) - out).abs().max() > 1e-5
+        hook.remove()
+    assert torch.equal(model(z, logsnr), out)
+
+
+def test_skips_are_popped_in_reverse_order():
+    model, given, taken = small_uvit(64), [], []
+    for level in model.down:
+        for block in level:
+            block.register_forward_hook(lambda module, args, out: given.append(out.data_ptr()))
+    for level in model.up:
+        for block in level:
+            block.norm_skip.register_forward_pre_hook(lambda module, args: taken.append(args[0].data_ptr()))
+    with torch.no_grad():
+        model(torch.randn(1, 3, 64, 64), torch.zeros(1))
+    assert len(given) == 3 and taken == given[::-1]
+
+
+@pytest.mark.parametrize("dropout_res, dropped", [(16, {16}), (32, {32, 16}), (64, {64, 32, 16}), (0, {16})])
+def test_dropout_acts_only_at_its_levels(dropout_res, dropped):
+    model, seen = trained(small_uvit(64, dropout=.5, dropout_res=dropout_res), res=64).train(), {}
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            def hook(module, args, out):
+                side = out.shape[-1] if out.dim() == 4 else math.isqrt(out.shape[1])
+                seen.setdefault(side, set()).add(not torch.equal(args[0], out))
+            module.register_forward_hook(hook)
+    model(torch.randn(2, 3, 64, 64), torch.zeros(2))
+    assert seen == {side: {side in dropped} for side in (64, 32, 16)}
+    seen.clear()
+    model.eval()(torch.randn(2, 3, 64, 64), torch.zeros(2))
+    assert seen == {64: {False}, 32: {False}, 16: {False}}
+
+
+def test_attention_sees_the_whole_map_and_mlp_does_not_mix_pixels():
+    torch.manual_seed(0)
+    mlp, attention = uvit.MLPBlock(32, 16, 0.0), uvit.AttentionBlock(32, 16)
+    for layer in (mlp.linear_out, attention.linear_out):
+        torch.nn.init.normal_(layer.weight)
+    x = torch.randn(1, 9, 32)
+    moved = x.clone()
+    moved[0, 4] += torch.randn(32)
+    changed = lambda a, b: (a - b).abs().amax(-1).flatten() > 1e-6
+    assert changed(mlp(x, torch.ones(1, 16)), mlp(moved, torch.ones(1, 16))).tolist() == [i == 4 for i in range(9)]
+    assert changed(attention(x), attention(moved)).all()
+
+
+def test_down_is_average_pool_and_up_is_nearest():
+    model = small_uvit()
+    pool, unpool = model.pool[0], model.unpool[0]
+    x = torch.randn(1, 32, 8, 8)
+    by_hand = x.reshape(1, 32, 4, 2, 4, 2).mean((3, 5))
+    assert torch.allclose(pool(x), torch.einsum("oc,bchw->bohw", pool[1].weight[..., 0, 0], by_hand) + pool[1].bias[:, None, None], atol=1e-5)
+    up = unpool(torch.randn(1, 64, 2, 2))
+    assert torch.equal(up[..., ::2, ::2], up[..., 1::2, 1::2]) and up.shape == (1, 32, 4, 4)
+
+
+PARAMETERS = {"tiny": 2.5, "small": 48.6, "base": 360.6, "paper": 2455.8}       # millions at 512, 1000 classes: the README's table
+
+
+@pytest.mark.parametrize("name", uvit.PRESETS)
+def test_preset_builds_with_the_parameter_count_of_the_table(name):
+    with torch.device("meta"):
+        model = uvit.UViT(512, **uvit.PRESETS[name], classes=1000)
+    count = sum(p.numel() for p in model.parameters()) / 1e6
+    assert abs(count - PARAMETERS[name]) < .06
+    assert name != "paper" or 2400 < count < 2500
+
+
+@pytest.mark.parametrize("res, levels, top", [(16, 0, 16), (32, 0, 32), (64, 0, 64), (128, 0, 128), (256, 1, 128),
+                                              (384, 2, 96), (512, 2, 128), (1024, 3, 128)])
+def test_top_level_is_never_above_128(res, levels, top):
+    with torch.device("meta"):
+        model = small_uvit(res)
+        shapes = []
+        model.project_in.register_forward_hook(lambda m, args, out: shapes.append(out.shape))
+        assert model(torch.zeros(1, 3, res, res), torch.zeros(1)).shape == (1, 3, res, res)
+    assert model.levels == levels and shapes[0][-2:] == (top, top)
+    assert model.position.shape[-1] in range(9, 17)
+
+
+# ---------------------------------------------------------------------------- data.py
+
+def write_every_kind(folder):
+    """One red-left, blue-right picture in every form a stranger's folder may hold -> {name: expected left colour}."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rgb = Image.new("RGB", (48, 32), (255, 0, 0))
+    rgb.paste((0, 0, 255), (24, 0, 48, 32))
+    rgb.save(folder / "rgb.png")
+    rgb.save(folder / "UPPER.PNG")
+    rgb.save(folder / "small.webp", lossless=True)
+    rgb.save(folder / "photo.JPG", quality=100, subsampling=0)
+    exif = Image.Exif()
+    exif[0x0112] = 8                        # taken with the camera turned: show it turned 90 degrees to the left
+    rgb.rotate(-90, expand=True).save(folder / "turned.jpg", exif=exif, quality=100, subsampling=0)
+    rgb.convert("CMYK").save(folder / "cmyk.jpg", quality=100, subsampling=0)
+    Image.new("L", (48, 32), 100).save(folder / "grey.png")
+    Image.new("LA", (48, 32), (0, 128)).save(folder / "grey_alpha.png")
+    Image.new("RGBA", (48, 32), (255, 0, 0, 0)).save(folder / "clear.png")
+    rgba = Image.new("RGBA", (48, 32), (0, 0, 0, 51))
+    rgba.save(folder / "half.png")
+    palette = Image.new("P", (48, 32), 1)
+    palette.putpalette([0, 0, 0, 0, 255, 0])
+    palette.save(folder / "palette.png", transparency=0)
+    palette.paste(0, (0, 0, 48, 32))
+    palette.save(folder / "palette_clear.png", transparency=0)
+    Image.fromarray(np.full((32, 48), 200 * 257, np.uint16)).save(folder / "deep.png")
+    red, white = (255, 0, 0), (255, 255, 255)
+    return {"rgb.png": red, "UPPER.PNG": red, "small.webp": red, "photo.JPG": red, "turned.jpg": red, "cmyk.jpg": red,
+            "grey.png": (100,) * 3, "grey_alpha.png": (127,) * 3, "clear.png": white, "half.png": (204,) * 3,
+            "palette.png": (0, 255, 0), "palette_clear.png": white, "deep.png": (200,) * 3}
+
+
+def test_loader_reads_every_kind_of_picture(tmp_path):
+    expected = write_every_kind(tmp_path)
+    dataset = data.Pictures(tmp_path, 32)
+    assert sorted(dataset.names) == sorted(expected)
+    for name, colour in expected.items():
+        picture = np.asarray(dataset.open(name))
+        assert picture.shape == (32, 48, 3), name
+        assert np.abs(picture[16, 6].astype(int) - colour).max() <= 3, (name, picture[16, 6])
+
+
+def write_folder(folder, count=8, size=(40, 32), classes=("a", "b")):
+    for i in range(count):
+        file = folder / classes[i % len(classes)] / f"{i}.png" if classes else folder / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(i).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(noise).save(file)
+
+
+def test_loader_is_a_function_of_seed_and_number(tmp_path):
+    write_folder(tmp_path)
+    first, second, other = data.Pictures(tmp_path, 16, seed=1), data.Pictures(tmp_path, 16, seed=1), data.Pictures(tmp_path, 16, seed=2)
+    assert all(torch.equal(first[n][0], second[n][0]) for n in (20, 3, 11))
+    assert not all(torch.equal(first[n][0], other[n][0]) for n in range(8))
+    x, label, broken = first[0]
+    assert x.shape == (3, 16, 16) and x.dtype == torch.float32 and -1 <= x.min() and x.max() <= 1 and broken == []
+
+
+def test_an_epoch_has_every_picture_once(tmp_path):
+    for i in range(8):
+        Image.new("L", (16, 16), 10 * i).save(tmp_path / f"{i}.png")
+    dataset = data.Pictures(tmp_path, 16)
+    for epoch in (0, 1):
+        greys = [round((dataset[epoch * 8 + n][0].mean().item() + 1) * 127.5) for n in range(8)]
+        assert sorted(greys) == [10 * i for i in range(8)]
+
+
+def test_first_level_folders_are_classes_in_a_folder_and_in_a_zip(tmp_path):
+    write_folder(tmp_path / "set")
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for file in (tmp_path / "set").rglob("*.png"):
+            archive.write(file, file.relative_to(tmp_path / "set"))
+    folder, archive = data.Pictures(tmp_path / "set", 32), data.Pictures(tmp_path / "set.zip", 32)
+    assert folder.classes == archive.classes == ["a", "b"] and folder.labels == archive.labels == [0] * 4 + [1] * 4
+    for n in range(16):
+        assert torch.equal(folder[n][0], archive[n][0]) and folder[n][1] == archive[n][1]
+
+
+def test_flip_mirrors_half_and_no_flip_none(tmp_path):
+    picture = np.zeros((16, 16, 3), np.uint8)
+    picture[:, :8] = 255
+    Image.fromarray(picture).save(tmp_path / "half.png")
+    flipped = [data.Pictures(tmp_path, 16)[n][0][0, 0, 0].item() < 0 for n in range(200)]
+    assert 70 < sum(flipped) < 130
+    assert all(data.Pictures(tmp_path, 16, flip=False)[n][0][0, 0, 0] > 0 for n in range(20))
+
+
+def test_crop_keeps_the_shorter_side_and_stays_inside(tmp_path):
+    ramp = np.tile(np.arange(0, 240, 2, dtype=np.uint8)[None, :, None], (40, 1, 3))       # 40 high, 120 wide
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    dataset = data.Pictures(tmp_path, 40, flip=False)
+    lefts = {round((dataset[n][0][0, 0, 0].item() + 1) * 127.5) for n in range(100)}
+    assert min(lefts) >= 0 and max(lefts) <= 160 and len(lefts) > 30
+
+
+def test_corrupt_file_is_named_and_skipped(tmp_path):
+    write_folder(tmp_path, 6, classes=())
+    (tmp_path / "bad.png").write_bytes(b"this is not a picture")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "0.png").read_bytes()[:500])
+    dataset = data.Pictures(tmp_path, 16)
+    reasons = {reason.split(":")[0] for n in range(8) for reason in dataset[n][2]}
+    assert reasons == {"bad.png", "cut.png"}
+    assert all(dataset[n][0].shape == (3, 16, 16) for n in range(16))
+
+
+def angular_power(picture, x, y, radius):
+    """Power of the brightness along a circle by its harmonic: a flower of k petals has k, 2 k, 3 k, ... and little else."""
+    angle = np.arange(360) * 2 * np.pi / 360
+    ring = picture[(y + radius * np.sin(angle)).round().astype(int), (x + radius * np.cos(angle)).round().astype(int)].sum(-1)
+    power = np.abs(np.fft.rfft(ring - ring.mean())) ** 2
+    return power / power.sum()
+
+
+def test_flower_turned_by_2_pi_over_k_is_itself():
+    for k in range(3, 13):
+        picture, caption = data.draw_flower(np.random.default_rng(k), k, 256)
+        assert f" {k} " in caption and picture.shape == (256, 256, 3) and 0 <= picture.min() and picture.max() <= 1
+        centres = [angular_power(picture, x, y, 40) for x in range(112, 146, 2) for y in range(112, 146, 2)]
+        power = max(centres, key=lambda power: power[k::k].sum())
+        assert power[k::k].sum() > .8, (k, power[k::k].sum())
+        assert all(power[other::other].sum() < .4 for other in range(3, 13) if k % other), k
+
+
+def test_flowers_are_the_same_at_every_resolution_and_differ_by_number():
+    small, large = data.Flowers(32), data.Flowers(128)
+    for n in range(5):
+        (x, label, _), (y, same_label, _) = small[n], large[n]
+        assert label == same_label and (F.avg_pool2d(y, 4) - x).abs().mean() < .06
+        assert torch.equal(x, data.Flowers(32)[n][0]) and not torch.equal(x, data.Flowers(32, seed=1)[n][0])
+    labels = [small[n][1] for n in range(300)]
+    assert set(labels) == set(range(10)) and small.classes[0] == "3 petals" and small.classes[9] == "12 petals"
