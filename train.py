@@ -68,7 +68,7 @@ class Config:
 
 
 TRAINING = {    # the paper: batch 2048, 500k steps, lr 1e-4, warm-up 10,000; ours, for smaller machines:
-    "tiny":  dict(batch=32,   steps=3_000,   lr=1e-3, warmup=100),
+    "tiny":  dict(batch=32,   steps=1_500,   lr=2e-3, warmup=100),
     "small": dict(batch=64,   steps=50_000,  lr=4e-4, warmup=1_000),
     "base":  dict(batch=256,  steps=300_000, lr=2e-4, warmup=5_000),
     "paper": dict(batch=2048, steps=500_000, lr=1e-4, warmup=10_000),
