@@ -128,7 +128,7 @@ def load_model(path, device):
     return model, saved
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description="Draw pictures with a trained model: a grid, single PNGs, and an .npz.")
     parser.add_argument("--ckpt", default="", help="model.pt of a run (default: the newest under runs/)")
     parser.add_argument("--out", default="samples", help="folder for the pictures")
@@ -140,7 +140,7 @@ def main():
     parser.add_argument("--label", default="", help="a class by name or number (default: all in turn)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=16, help="pictures at a time")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     ckpt = args.ckpt or max(glob.glob("runs/*/model.pt"), key=os.path.getmtime, default="")
     if not os.path.isfile(ckpt):

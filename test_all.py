@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -721,3 +720,283 @@ def test_flowers_are_the_same_at_every_resolution_and_differ_by_number():
         assert torch.equal(x, data.Flowers(32)[n][0]) and not torch.equal(x, data.Flowers(32, seed=1)[n][0])
     labels = [small[n][1] for n in range(300)]
     assert set(labels) == set(range(10)) and small.classes[0] == "3 petals" and small.classes[9] == "12 petals"
+
+
+# ---------------------------------------------------------------------------- train.py
+
+SMALL = "--res 32 --batch 8 --bf16 off --compile off --sample-every 0 --save-every 1000 --log-every 1".split()
+PYTHON, TORCHRUN = [sys.executable], [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
+def run_train(out, *flags):
+    """The trainer in this process -> its last checkpoint."""
+    train.main([*SMALL, "--out", str(out), *flags])
+    return last_checkpoint(out)
+
+
+def run_script(*command, code=0):
+    """A command as a user types it, in the repository's folder -> its output."""
+    done = subprocess.run([str(word) for word in command], cwd=HERE, capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def last_checkpoint(out):
+    return torch.load(sorted(Path(out).glob("ckpt-*.pt"))[-1], weights_only=True)
+
+
+def log_lines(out, key="loss"):
+    return [line for line in map(json.loads, Path(out, "log.jsonl").read_text().splitlines()) if key in line]
+
+
+def assert_same_bits(a, b):
+    """Nested dicts and lists of tensors, equal to the last bit."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same_bits(a[key], b[key])
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same_bits(x, y)
+    else:
+        assert a == b
+
+
+def same_to_rounding(a, b):
+    """Two runs from one start: the same averaged gradient to 1e-4, and weights apart by under 1% of the way they went.
+
+    1% because Adam with eps = 1e-12 turns the rounding of a nearly zero gradient into a whole step.
+    """
+    torch.manual_seed(a["config"]["seed"])
+    start = uvit.UViT.from_config(a["config"], len(a["classes"])).state_dict()
+    norm = lambda tensors: math.sqrt(sum(tensor.square().sum().item() for tensor in tensors))
+    moments = [[state["exp_avg"] for state in run["optimizer"]["state"].values()] for run in (a, b)]
+    return norm(p - q for p, q in zip(*moments)) < 1e-4 * norm(moments[0]) and \
+        norm(a["model"][n] - b["model"][n] for n in start) < 1e-2 * norm(a["model"][n] - start[n] for n in start)
+
+
+@pytest.fixture
+def little(monkeypatch):
+    """A network that trains in seconds in place of `tiny`, for what runs in this process."""
+    monkeypatch.setitem(uvit.PRESETS, "tiny", dict(widths=(16, 16, 16, 32), blocks=(1, 1, 1), depth=2, head=32, emb=32, dropout=0.0))
+
+
+def test_trainer_overfits_one_batch(tmp_path, little):
+    """Eight pictures of one colour each, again and again: the trained model removes nearly all noise from them."""
+    for i in range(8):
+        Image.new("RGB", (16, 16), tuple(np.random.default_rng(i).integers(0, 256, 3).tolist())).save(tmp_path / f"{i}.png")
+    run_train(tmp_path / "run", "--data", str(tmp_path), "--res", "16", "--steps", "400", "--log-every", "10")
+    loss = [line["loss"] for line in log_lines(tmp_path / "run")]
+    assert loss[0] > .2 and np.mean(loss[-10:]) < .1 * loss[0]
+
+
+@pytest.mark.parametrize("launcher", [PYTHON, TORCHRUN + ["--nproc_per_node=2"]], ids=["one process", "two ranks"])
+def test_killed_and_resumed_equals_unbroken_to_the_last_bit(tmp_path, launcher):
+    flags = [*SMALL, "--steps", "10", "--save-every", "2", "--dropout", "0.1"]
+    run_script(*launcher, "train.py", *flags, "--out", tmp_path / "unbroken")
+    killed = subprocess.Popen([*launcher, "train.py", *flags, "--out", tmp_path / "killed"], cwd=HERE, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while not (tmp_path / "killed/ckpt-00000004.pt").exists():
+        assert killed.poll() is None
+        time.sleep(.01)
+    subprocess.run(["pkill", "-KILL", "-f", str(tmp_path / "killed")])     # torchrun and its ranks at once
+    killed.wait()
+    assert last_checkpoint(tmp_path / "killed")["step"] < 10
+    output = run_script(*launcher, "train.py", *flags, "--out", tmp_path / "killed")
+    assert re.search(r"steps (\d+) to 10", output)[1] in "4 6 8"
+    first, second = last_checkpoint(tmp_path / "unbroken"), last_checkpoint(tmp_path / "killed")
+    for part in ("step", "model", "ema", "optimizer"):
+        assert_same_bits(first[part], second[part])
+    assert [(line["step"], line["loss"]) for line in log_lines(tmp_path / "unbroken")] == \
+           [(line["step"], line["loss"]) for line in log_lines(tmp_path / "killed")]
+
+
+def test_two_ranks_equal_one_process(tmp_path):
+    flags = [*SMALL, "--steps", "4", "--drop-label", ".5"]
+    run_script(*PYTHON, "train.py", *flags, "--out", tmp_path / "one")
+    run_script(*TORCHRUN, "--nproc_per_node=2", "train.py", *flags, "--accum", "2", "--out", tmp_path / "two")
+    one, two = last_checkpoint(tmp_path / "one"), last_checkpoint(tmp_path / "two")
+    assert same_to_rounding(one, two)
+    losses = [[line["loss"] for line in log_lines(tmp_path / name)] for name in ("one", "two")]
+    assert np.allclose(*losses, rtol=1e-5)
+
+
+def test_accumulation_4_x_2_equals_batch_8(tmp_path, little):
+    whole, parts = run_train(tmp_path / "whole", "--steps", "4"), run_train(tmp_path / "parts", "--steps", "4", "--accum", "4")
+    assert same_to_rounding(whole, parts)
+    other = run_train(tmp_path / "other", "--steps", "4", "--seed", "1")
+    assert not same_to_rounding(whole, other)
+
+
+def test_ema_equals_the_model_after_step_1_and_then_warms_up(tmp_path, little):
+    saved = run_train(tmp_path, "--steps", "1")
+    assert_same_bits(saved["ema"], saved["model"])
+    decays = [train.ema_decay(n, .9999) for n in range(200_000)]
+    assert decays[0] == 0 and decays[1] == (1 + 0) / (10 + 0) and decays[100] == (1 + 99) / (10 + 99)
+    assert max(decays) == decays[-1] == .9999
+    second = run_train(tmp_path, "--steps", "2")
+    by_hand = {name: .1 * saved["ema"][name] + .9 * second["model"][name] for name in saved["ema"]}
+    assert all(torch.allclose(by_hand[name], second["ema"][name], atol=1e-6) for name in by_hand)
+
+
+def test_run_folder_holds_two_checkpoints_model_log_and_grids(tmp_path, little):
+    run_train(tmp_path, "--steps", "3", "--save-every", "1", "--sample-every", "2")
+    assert sorted(file.name for file in tmp_path.iterdir()) == \
+        ["ckpt-00000002.pt", "ckpt-00000003.pt", "grid-0000002.png", "grid-0000003.png", "grid.png", "log.jsonl", "model.pt"]
+    assert Image.open(tmp_path / "grid.png").size == (10 * 32, 4 * 32)
+    (levels,) = [line["loss_by_noise_level"] for line in log_lines(tmp_path, "loss_by_noise_level") if line["step"] == 2]
+    assert len(levels) == 8 and levels[0] > levels[-1] > 0           # eps is hard to see where there is little of it
+
+
+def test_checkpoint_keys_are_bare_and_load_with_weights_only(tmp_path):
+    run_script(*TORCHRUN, "--nproc_per_node=1", "train.py", *SMALL, "--steps", "3", "--out", tmp_path)
+    saved = last_checkpoint(tmp_path)
+    names = set(uvit.UViT.from_config(saved["config"], 10).state_dict())
+    assert set(saved["model"]) == set(saved["ema"]) == names and not any("module." in n or "_orig_mod." in n for n in names)
+    model, small = sampling.load_model(tmp_path / "model.pt", "cpu")
+    assert_same_bits(dict(model.state_dict()), saved["ema"])
+    assert small["step"] == 3 and len(small["classes"]) == 10 and not model.training
+
+
+def test_schedule_and_loss_of_the_command_line_reach_the_training(tmp_path, little):
+    run_train(tmp_path / "0", "--res", "64", "--steps", "1")
+    first_loss = lambda name: log_lines(tmp_path / name)[0]["loss"]
+    for flags in ("--schedule cosine", "--schedule interpolated", "--noise-d 64", "--loss v", "--multiscale on"):
+        run_train(tmp_path / flags, "--res", "64", "--steps", "1", *flags.split())
+        assert abs(first_loss(flags) / first_loss("0") - 1) > .01, flags
+    # At the start v_hat = 0, so the losses follow by hand from the same draws.
+    t, eps, _ = train.draw_noise(0, 0, 8, 64, "cpu")
+    x = torch.stack([data.Flowers(64)[n][0] for n in range(8)])
+    angle = np.arctan(np.exp(-(np_logsnr_cosine(t) + 2 * np.log(32 / 64)) / 2))[:, None, None, None]
+    alpha, sigma = (torch.from_numpy(part).float() for part in (np.cos(angle), np.sin(angle)))
+    assert math.isclose(first_loss("0"), (eps - sigma * (alpha * x + sigma * eps)).square().mean(), rel_tol=1e-4)
+    assert math.isclose(first_loss("--loss v"), (alpha * eps - sigma * x).square().mean(), rel_tol=1e-4)
+
+
+def test_noise_of_a_picture_is_a_function_of_seed_and_number():
+    t, eps, u = train.draw_noise(5, 10, 4, 8, "cpu")
+    t2, eps2, u2 = train.draw_noise(5, 12, 1, 8, "cpu")
+    assert t[2] == t2[0] and u[2] == u2[0] and torch.equal(eps[2], eps2[0])
+    t, eps, u = train.draw_noise(0, 0, 4000, 4, "cpu")
+    for uniform in (t, u):
+        assert abs(uniform.mean() - .5) < .02 and abs(uniform.var() - 1 / 12) < .005
+    assert abs(torch.corrcoef(torch.stack([t, u]))[0, 1]) < .05 and abs(eps.std() - 1) < .01
+
+
+def test_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path, little, monkeypatch):
+    honest, calls = train.diffusion_loss, []
+
+    def sometimes_nan(*args, **kwargs):
+        calls.append(0)
+        return honest(*args, **kwargs) * (float("nan") if 2 <= len(calls) <= 3 else 1)
+    monkeypatch.setattr(train, "diffusion_loss", sometimes_nan)
+    saved = run_train(tmp_path / "some", "--steps", "4")
+    assert all(torch.isfinite(w).all() for w in [*saved["model"].values(), *saved["ema"].values()])
+    assert [line["skipped"] for line in log_lines(tmp_path / "some")] == [0, 1, 2, 2]
+
+    monkeypatch.setattr(train, "diffusion_loss", lambda *args: honest(*args) * float("nan"))
+    with pytest.raises(SystemExit) as stop:
+        run_train(tmp_path / "all", "--steps", "30")
+    assert stop.value.code == 2 and len(log_lines(tmp_path / "all")) < 12 and not list((tmp_path / "all").glob("*.pt"))
+
+
+def test_changed_configuration_is_refused_with_the_difference_named(tmp_path, little, capsys):
+    run_train(tmp_path, "--steps", "2")
+    with pytest.raises(SystemExit) as stop:
+        run_train(tmp_path, "--steps", "4", "--lr", ".5")
+    assert stop.value.code == 2 and "--lr 0.002, now 0.5" in capsys.readouterr().err
+    run_train(tmp_path, "--steps", "2")
+    assert "done" in capsys.readouterr().out and last_checkpoint(tmp_path)["step"] == 2
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--res", "100"], "--res 100"), (["--res", "0"], "--res 0"), (["--res", "-64"], "--res -64"), (["--model", "huge"], "--model huge"),
+    (["--patch", "haar"], "--patch haar"), (["--schedule", "linear"], "--schedule linear"), (["--batch", "9", "--accum", "2"], "--batch 9"),
+    (["--data", "{tmp}/nowhere"], "nowhere"), (["--data", "{tmp}/empty"], "no picture"), (["--data", "{tmp}/few", "--batch", "16"], "fewer than"),
+    (["--data", "{tmp}/broken", "--batch", "2"], "not one picture")])
+def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, little, capsys, flags, words):
+    (tmp_path / "empty").mkdir()
+    write_folder(tmp_path / "few")
+    (tmp_path / "broken").mkdir()
+    for i in range(3):
+        (tmp_path / f"broken/{i}.png").write_bytes(b"no")
+    with pytest.raises(SystemExit) as stop:
+        run_train(tmp_path / "run", "--steps", "1", *(flag.format(tmp=tmp_path) for flag in flags))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and words in error and error.count("\n") == 1, error
+
+
+def test_corrupt_file_is_named_once_in_training(tmp_path, little, capsys):
+    write_folder(tmp_path / "set", 8)
+    (tmp_path / "set/a/bad.png").write_bytes(b"this is not a picture")
+    run_train(tmp_path / "run", "--data", str(tmp_path / "set"), "--steps", "4")
+    printed = "".join(capsys.readouterr())
+    assert printed.count("skipped a/bad.png: UnidentifiedImageError") == 1
+
+
+def test_compiled_and_bf16_training_follows_the_plain_one(tmp_path, little):
+    run_train(tmp_path / "plain", "--steps", "4")
+    run_train(tmp_path / "fast", "--steps", "4", "--compile", "on", "--bf16", "on")
+    plain, fast = ([line["loss"] for line in log_lines(tmp_path / name)] for name in ("plain", "fast"))
+    assert np.allclose(plain, fast, rtol=.03)
+    assert set(last_checkpoint(tmp_path / "fast")["model"]) == set(last_checkpoint(tmp_path / "plain")["model"])
+
+
+# ---------------------------------------------------------------------------- sample.py as a program
+
+@pytest.fixture(scope="module")
+def trained_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "flowers"
+    run_train(out, "--steps", "1")
+    return out
+
+
+def test_sample_writes_grid_pngs_and_npz_the_same_on_one_rank_or_two(tmp_path, trained_run):
+    flags = ["--ckpt", trained_run / "model.pt", "--n", "7", "--batch", "2", "--steps", "3", "--guidance", "2", "--seed", "5"]
+    run_script(*PYTHON, "sample.py", *flags, "--out", tmp_path / "one")
+    run_script(*TORCHRUN, "--nproc_per_node=2", "--", "sample.py", *flags, "--out", tmp_path / "two")
+    for name in ("one", "two"):
+        assert sorted(file.name for file in (tmp_path / name).iterdir()) == [f"{i:06d}.png" for i in range(7)] + ["grid.png", "samples.npz"]
+    one, two = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("one", "two"))
+    assert one.shape == (7, 32, 32, 3) and one.dtype == np.uint8 and np.array_equal(one, two)
+    assert all(np.array_equal(one[i], np.asarray(Image.open(tmp_path / f"one/{i:06d}.png"))) for i in range(7))
+    assert Image.open(tmp_path / "one/grid.png").size == (320, 32)
+    assert not np.array_equal(one[0], one[1])
+
+
+def test_sample_takes_labels_by_name_or_number_and_refuses_others(tmp_path, trained_run, capsys):
+    common = ["--ckpt", str(trained_run / "model.pt"), "--n", "2", "--steps", "2", "--sampler", "ddim"]
+    for i, label in enumerate(["5 petals", "2"]):
+        sampling.main([*common, "--out", str(tmp_path / str(i)), "--label", label])
+    assert np.array_equal(*(np.load(tmp_path / i / "samples.npz")["arr_0"] for i in "01"))
+    for flags, words in [(["--label", "rose"], "--label rose"), (["--label", "10"], "--label 10"), (["--gamma", "2"], "--gamma 2"),
+                         (["--n", "0"], "--n 0"), (["--ckpt", "nowhere.pt"], "nowhere.pt")]:
+        with pytest.raises(SystemExit) as stop:
+            sampling.main([*common, "--out", str(tmp_path / "no"), *flags])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and words in error and error.count("\n") == 1
+
+
+def test_sample_takes_the_newest_run(tmp_path, trained_run, monkeypatch, capsys):
+    for age, name in enumerate(["old", "new"]):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "model.pt").write_bytes((trained_run / "model.pt").read_bytes())
+        os.utime(tmp_path / "runs" / name / "model.pt", (age + 1000, age + 1000))
+    monkeypatch.chdir(tmp_path)
+    sampling.main(["--n", "1", "--steps", "1"])
+    assert "runs/new/model.pt" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------- README.md
+
+def test_every_flag_in_the_readme_exists():
+    text = (HERE / "README.md").read_text()
+    for script, parse in (("train.py", train.parse_config), ("sample.py", sampling.main)):
+        known = subprocess.run([sys.executable, script, "--help"], cwd=HERE, capture_output=True, text=True).stdout
+        for command in re.findall(rf"{script}([^\n`|&]*)", text):
+            for flag in re.findall(r"--[a-z-]+", command):
+                assert re.search(rf"{flag}\b", known), (script, flag)

@@ -63,7 +63,7 @@ class Config:
     workers: int = -1           # processes that load pictures; -1: up to 8 with CUDA, else none
     # Reports
     log_every: int = 20         # steps between lines of log.jsonl
-    sample_every: int = 250     # steps between grids and losses by noise level
+    sample_every: int = 250     # steps between grids and losses by noise level; 0: none
     save_every: int = 250       # steps between checkpoints
 
 
@@ -138,8 +138,8 @@ def collate(items):
     return torch.stack(x), torch.tensor(label), sum(broken, [])
 
 
-def main():
-    config = parse_config()
+def main(argv=None):
+    config = parse_config(argv)
 
     # -- ranks and device
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -157,6 +157,7 @@ def main():
     # -- pictures
     try:
         dataset = Pictures(config.data, config.res, config.seed, config.flip) if config.data else Flowers(config.res, config.seed)
+        report_x, report_label, _ = collate([dataset[n] for n in range(16)])    # also: can they be read at all?
     except (ValueError, OSError) as error:
         fail(str(error))
     if config.data and len(dataset.names) < config.batch:
@@ -217,7 +218,6 @@ def main():
     # -- reports: a grid from fixed noise and the loss by noise level, the work shared by all ranks
     columns = min(classes, 10) or 8
     shown = columns * (4 if config.res <= 128 else 1)
-    report_x, report_label, _ = collate([dataset[n] for n in range(16)])
     _, report_eps, _ = draw_noise(config.seed + 1, 0, 16, config.res, device)
     report_x, report_label = report_x.to(device), report_label.to(device) if classes else None
 
@@ -285,7 +285,7 @@ def main():
                 bar.set_postfix(loss=f"{line['loss']:.4f}", images_s=line["images_per_second"])
                 log.write(json.dumps(line) + "\n")
             seconds, clock, last = line["seconds"], time.time(), done
-        if done % config.sample_every == 0 or done == config.steps:
+        if config.sample_every and (done % config.sample_every == 0 or done == config.steps):
             losses, pictures = report()
             if master:
                 log.write(json.dumps(dict(step=done, loss_by_noise_level=[round(l, 5) for l in losses])) + "\n")
