@@ -1,10 +1,10 @@
 """Pictures: a folder or zip of them, or flowers drawn here when there is none.
 
-A dataset is indexed by n, the running number of a picture in training: `dataset[n]` is a function of
-(seed, n) alone, so that any rank, worker or resumed run sees in step k exactly the pictures it
+A dataset is indexed by n, the running number of a picture in training: `dataset[n]` is a function
+of (seed, n) alone, so that any rank, worker or resumed run sees in step k exactly the pictures it
 should. `classes` lists the class names ([] if there are none); a label of len(classes) means none.
 
-    dataset[n] -> x: (3, res, res) float32 in [-1, 1], label: int, broken: list of str, files it skipped
+    dataset[n] -> x: (3, res, res) float32 in [-1, 1], label: int, broken: [str], files it skipped
 """
 import os
 import zipfile
@@ -20,11 +20,17 @@ CACHE_BYTES = 1 << 30                       # decoded pictures kept in memory, p
 
 # ---------------------------------------------------------------------------- the built-in flowers
 
-PETALS = {"red": (.86, .12, .15), "orange": (.97, .50, .10), "yellow": (.99, .83, .17), "white": (.97, .95, .92),
-          "pink": (.97, .50, .67), "magenta": (.82, .16, .55), "purple": (.52, .26, .75), "blue": (.26, .42, .89)}
-GROUNDS = {"green": (.18, .36, .20), "dark green": (.06, .17, .12), "brown": (.30, .21, .15), "blue": (.55, .72, .85),
-           "grey": (.45, .47, .48), "cream": (.90, .86, .74), "night blue": (.08, .10, .22)}
-DISCS = {"yellow": (.98, .78, .15), "brown": (.36, .20, .10), "green": (.55, .65, .20), "dark": (.14, .09, .12)}
+PETALS = {
+    "red": (.86, .12, .15), "orange": (.97, .50, .10), "yellow": (.99, .83, .17),
+    "white": (.97, .95, .92), "pink": (.97, .50, .67), "magenta": (.82, .16, .55),
+    "purple": (.52, .26, .75), "blue": (.26, .42, .89)}
+GROUNDS = {
+    "green": (.18, .36, .20), "dark green": (.06, .17, .12), "brown": (.30, .21, .15),
+    "blue": (.55, .72, .85), "grey": (.45, .47, .48), "cream": (.90, .86, .74),
+    "night blue": (.08, .10, .22)}
+DISCS = {
+    "yellow": (.98, .78, .15), "brown": (.36, .20, .10), "green": (.55, .65, .20),
+    "dark": (.14, .09, .12)}
 
 
 def draw_flower(rng, petals, res):
@@ -35,16 +41,17 @@ def draw_flower(rng, petals, res):
     """
     def pick(table):
         name = list(table)[rng.integers(len(table))]
-        return name, np.clip(np.array(table[name]) + rng.uniform(-.06, .06, 3), 0, 1).astype(np.float32)
+        colour = np.clip(np.array(table[name]) + rng.uniform(-.06, .06, 3), 0, 1)
+        return name, colour.astype(np.float32)
 
-    def cover(distance):                    # anti-aliased coverage: 1 inside, 0 outside, one pixel wide
+    def cover(distance):                    # anti-aliased: 1 inside, 0 outside, one pixel wide
         return np.clip(.5 + distance * (res / 2), 0, 1)
 
     (petal_name, tip), (ground_name, ground), (_, disc) = pick(PETALS), pick(GROUNDS), pick(DISCS)
     base = np.clip(tip * rng.uniform(.35, 1.15) + rng.uniform(-.1, .2), 0, 1).astype(np.float32)
     length, turn, twist = rng.uniform(.62, .88), rng.uniform(0, 2 * np.pi), rng.uniform(-.35, .35)
     x0, y0 = rng.uniform(-.12, .12, 2).tolist()
-    p, q = rng.uniform(.5, 1.1), rng.uniform(.3, .9)         # petal outline s^p (1 - s)^q: round to pointed
+    p, q = rng.uniform(.5, 1.1), rng.uniform(.3, .9)    # outline s^p (1 - s)^q: round to pointed
 
     grid = (np.arange(res, dtype=np.float32) + .5) * (2 / res) - 1
     x, y = grid[None, :], grid[:, None]
@@ -56,7 +63,7 @@ def draw_flower(rng, petals, res):
         soft = np.clip((radius - np.hypot(x - bx, y - by)) / (.4 * radius), 0, 1)
         picture += (light * soft)[..., None]
 
-    # Polar coordinates about the centre, the angle folded into one petal's sector; u runs along the petal, w across.
+    # Polar coordinates, the angle folded into one petal's sector; u runs along the petal, w across.
     r = np.hypot(x - x0, y - y0)
     theta = np.arctan2(y - y0, x - x0) + turn + twist * r
     phi = np.mod(theta, 2 * np.pi / petals) - np.pi / petals
@@ -67,7 +74,7 @@ def draw_flower(rng, petals, res):
     widest = p / (p + q)
     half = min(.42 * length, rng.uniform(.72, 1.0) * widest * length * np.tan(np.pi / petals))
     width = half * (s / widest) ** p * ((1 - s) / (1 - widest)) ** q
-    picture *= 1 - .35 * np.clip(1 - (r - .5 * length) / (.7 * length), 0, 1)[..., None]     # its shadow
+    picture *= 1 - .35 * np.clip(1 - (r / length - .5) / .7, 0, 1)[..., None]       # its shadow
     across = np.clip(w / width, 0, 1)
     light = 1 - .38 * across ** 3 - .10 * (1 - s)
     veins = rng.integers(2, 5)
@@ -81,17 +88,18 @@ def draw_flower(rng, petals, res):
 
     # The disc in the middle: rings of grains, as many to a ring as keep the symmetry.
     radius = length * rng.uniform(.17, .26)
-    grains = .5 + .5 * np.cos(2 * np.pi * r / radius * 2.5) * np.cos(petals * (1 + 12 // petals) * theta)
+    around = petals * (1 + 12 // petals)
+    grains = .5 + .5 * np.cos(5 * np.pi * r / radius) * np.cos(around * theta)
     shade = (.72 + .42 * grains) * (1 - .35 * np.clip(r / radius, 0, 1) ** 4)
     picture += cover(radius - r)[..., None] * (disc * shade[..., None] - picture)
 
-    shape = "pointed" if q > .65 else "round"
-    caption = f"a {petal_name} flower with {petals} {shape} petals{', speckled,' if speckled else ''} on {ground_name}"
+    shape, speckles = "pointed" if q > .65 else "round", ", speckled," if speckled else ""
+    caption = f"a {petal_name} flower with {petals} {shape} petals{speckles} on {ground_name}"
     return np.clip(picture, 0, 1).astype(np.float32), caption
 
 
 class Flowers:
-    """Endless flowers: class c has c + 3 petals. See the module's docstring for what indexing gives."""
+    """Endless flowers: class c has c + 3 petals. Indexing: see the module's docstring."""
 
     classes = [f"{k} petals" for k in range(3, 13)]
 
@@ -108,10 +116,10 @@ class Flowers:
 # ---------------------------------------------------------------------------- real pictures
 
 def to_rgb(image):
-    """Any picture PIL reads -> RGB, 8 bit: EXIF turn done, transparency over white, 16 bit scaled down."""
+    """Any picture PIL reads -> RGB, 8 bit: EXIF turn, transparency over white, 16 bit scaled."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16") or image.mode == "I":      # 16 bit: PIL's own convert would clip it
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) / 257).round().clip(0, 255).astype(np.uint8))
+    if image.mode.startswith("I"):          # 16 bit: PIL's own convert would clip it
+        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
     if image.mode in ("LA", "PA", "La", "RGBa", "RGBA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -128,25 +136,31 @@ def shorter_side_to(image, res):
 class Pictures:
     """A folder (walked recursively, links followed) or zip; first-level folders are the classes.
 
-    A file that cannot be read is skipped, the next one of the epoch taking its place. An epoch is a permutation of all files by (seed, epoch).
+    An epoch is a permutation of all files by (seed, epoch). A file that cannot be read is skipped,
+    the next one of the epoch taking its place.
     Raises ValueError if there is nothing to read, or no file can be read.
     """
 
     def __init__(self, path, res, seed=0, flip=True):
         self.path, self.res, self.seed, self.flip = str(path), res, seed, flip
-        self.names = sorted(self.zip_names() if zipfile.is_zipfile(self.path) else self.folder_names())
+        is_zip = zipfile.is_zipfile(self.path)
+        self.names = sorted(self.zip_names() if is_zip else self.folder_names())
         if not self.names:
-            raise ValueError(f"--data {self.path}: no picture in it; the endings read are {' '.join(sorted(ENDINGS))}")
-        folders = [name.split("/")[0] if "/" in name else None for name in self.names]
-        self.classes = sorted({folder for folder in folders if folder is not None})
-        self.labels = [self.classes.index(f) if f is not None else len(self.classes) for f in folders]
+            raise ValueError(f"--data {self.path}: no picture there ({' '.join(sorted(ENDINGS))})")
+        # A zip of one folder is that folder: what all names begin with says nothing.
+        root = os.path.commonpath([Path(name).parent.as_posix() for name in self.names])
+        skip = len(Path(root).parts) if is_zip else 0
+        folders = [(Path(name).parent.parts[skip:] or (None,))[0] for name in self.names]
+        self.classes = sorted(set(folders) - {None})
+        number = {folder: i for i, folder in enumerate([*self.classes, None])}
+        self.labels = [number[folder] for folder in folders]
         self.cache, self.cached, self.zip, self.order = {}, 0, None, (None, None)
 
     def folder_names(self):
         seen = set()
         for folder, folders, files in os.walk(self.path, followlinks=True):
             real = os.path.realpath(folder)
-            if real in seen:                # a link in a circle, or a second link to the same folder
+            if real in seen:                # a link in a circle, or a second one to the same folder
                 folders.clear()
                 continue
             seen.add(real)
@@ -157,8 +171,8 @@ class Pictures:
 
     def zip_names(self):
         for name in zipfile.ZipFile(self.path).namelist():
-            parts = name.split("/")
-            if Path(name).suffix.lower() in ENDINGS and not any(p.startswith((".", "__MACOSX")) for p in parts):
+            hidden = any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+            if Path(name).suffix.lower() in ENDINGS and not hidden:
                 yield name
 
     def open(self, name):
@@ -166,15 +180,15 @@ class Pictures:
         if os.path.isdir(self.path):
             file = os.path.join(self.path, name)
         else:
-            if self.zip is None or self.zip[0] != os.getpid():      # a forked worker needs a handle of its own
+            if self.zip is None or self.zip[0] != os.getpid():  # a forked worker opens its own
                 self.zip = os.getpid(), zipfile.ZipFile(self.path)
             file = self.zip[1].open(name)
         with Image.open(file) as image:
-            image.draft("RGB", (2 * self.res, 2 * self.res))        # JPEG: decode at a fraction, not smaller than needed
+            image.draft("RGB", (2 * self.res, 2 * self.res))    # JPEG: decode no larger than needed
             return shorter_side_to(to_rgb(image), self.res)
 
     def picture(self, i):
-        """File i as (H, W, 3) uint8, from memory if it was read before; None, reason if it is broken."""
+        """File i -> (H, W, 3) uint8, None; or None, reason if it is broken. Kept in memory."""
         if i not in self.cache:
             try:
                 pixels, reason = np.asarray(self.open(self.names[i])), None
@@ -182,13 +196,15 @@ class Pictures:
                 pixels, reason = None, f"{self.names[i]}: {type(e).__name__}: {e}"
             if self.cached > CACHE_BYTES:
                 return pixels, reason
-            self.cache[i], self.cached = (pixels, reason), self.cached + (0 if pixels is None else pixels.nbytes)
+            self.cache[i] = pixels, reason
+            self.cached += 0 if pixels is None else pixels.nbytes
         return self.cache[i]
 
     def __getitem__(self, n):
         epoch, place = divmod(n, len(self.names))
         if self.order[0] != epoch:
-            self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.names))
+            rng = np.random.default_rng((self.seed, epoch))
+            self.order = epoch, rng.permutation(len(self.names))
         rng, broken = np.random.default_rng((self.seed, epoch, place)), []
         for k in range(len(self.names)):
             i = self.order[1][(place + k) % len(self.names)]
@@ -197,8 +213,9 @@ class Pictures:
                 break
             broken.append(reason)
         else:
-            raise ValueError(f"--data {self.path}: not one picture of {len(self.names)} can be read; {broken[0]}")
-        top, left = rng.integers(0, pixels.shape[0] - self.res + 1), rng.integers(0, pixels.shape[1] - self.res + 1)
+            raise ValueError(f"--data {self.path}: none of {len(self.names)} pictures can be read; "
+                             f"{broken[0]}")
+        top, left = (rng.integers(0, side - self.res + 1) for side in pixels.shape[:2])
         crop = pixels[top:top + self.res, left:left + self.res]
         if self.flip and rng.random() < .5:
             crop = crop[:, ::-1]

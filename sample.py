@@ -1,4 +1,4 @@
-"""Sampling (Appendix A): the ancestral sampler, DDIM, and guidance; `python sample.py` writes pictures.
+"""Sampling (Appendix A): ancestral sampler, DDIM, guidance; `python sample.py` writes pictures.
 
 From z at t = 1, unit noise, a uniform grid of t runs down to 0 in `steps` steps t -> s, s < t. Each
 asks the network once for x_hat. The last step returns x_hat itself: N steps are N calls.
@@ -23,8 +23,8 @@ from uvit import UViT
 def ancestral_step(z, x_hat, logsnr_t, logsnr_s, gamma, noise):
     """Ancestral step t -> s (Appendix A): z_t, x_hat, noise: (B, C, H, W); logsnr: (B,) -> z_s.
 
-    mu = alpha_s (z_t (1 - c) / alpha_t + c x_hat), c = 1 - SNR_t / SNR_s; the log variance lies between
-    the two bounds, c sigma_t^2 (gamma = 1) and c sigma_s^2 (gamma = 0).
+    mu = alpha_s (z_t (1 - c) / alpha_t + c x_hat), c = 1 - SNR_t / SNR_s; the log variance lies
+    between its two bounds, c sigma_t^2 (gamma = 1) and c sigma_s^2 (gamma = 0).
     """
     alpha_t, sigma_t = alpha_sigma(logsnr_t)
     alpha_s, sigma_s = alpha_sigma(logsnr_s)
@@ -35,31 +35,33 @@ def ancestral_step(z, x_hat, logsnr_t, logsnr_s, gamma, noise):
 
 
 def ddim_step(z, x_hat, logsnr_t, logsnr_s):
-    """Deterministic step t -> s (DDIM, not in the paper: fewer steps): the same x_hat and eps_hat, less noise."""
+    """DDIM step t -> s (not in the paper; for few steps): same x_hat and eps_hat, less noise."""
     alpha_t, sigma_t = alpha_sigma(logsnr_t)
     alpha_s, sigma_s = alpha_sigma(logsnr_s)
     return alpha_s * x_hat + sigma_s * (z - alpha_t * x_hat) / sigma_t
 
 
 def guided(model, z, logsnr, label, guidance):
-    """v_hat with guidance (Appendix A), both halves in one call: (B, C, H, W), (B,), (B,) -> (B, C, H, W).
+    """v_hat with guidance (Appendix A), in one call: (B, C, H, W), (B,), (B,) -> (B, C, H, W).
 
-    eps_hat = (1 + eta) eps_cond - eta eps_uncond, guidance = 1 + eta; at the same z, eps is affine in
-    v, so the same combination of v gives it. guidance = 1 is the conditional model.
+    eps_hat = (1 + eta) eps_cond - eta eps_uncond, guidance = 1 + eta; at the same z, eps is affine
+    in v, so the same combination of v gives it. guidance = 1 is the conditional model.
     """
     if guidance == 1:
         return model(z, logsnr, label).float()
     null = torch.full_like(label, model.classes)
-    cond, uncond = model(torch.cat([z, z]), torch.cat([logsnr, logsnr]), torch.cat([label, null])).float().chunk(2)
+    v_hat = model(torch.cat([z, z]), torch.cat([logsnr, logsnr]), torch.cat([label, null])).float()
+    cond, uncond = v_hat.chunk(2)
     return guidance * cond + (1 - guidance) * uncond
 
 
 @torch.no_grad()
-def sample(model, logsnr, noise, steps, label=None, sampler="ancestral", gamma=0.2, guidance=1.0, bar=False):
+def sample(model, logsnr, noise, steps, label=None, sampler="ancestral", gamma=0.2, guidance=1.0,
+           bar=False):
     """Pictures (B, C, H, W) in [-1, 1] by exactly `steps` calls of model (Appendix A).
 
-    model: (z, logsnr, label) -> v_hat;  logsnr: a schedule, t -> (B,);  noise: () -> fresh unit noise
-    (B, C, H, W);  label: (B,) or None;  sampler: "ancestral" or "ddim";  gamma: its variance, 0 to 1.
+    model: (z, logsnr, label) -> v_hat;  logsnr: a schedule, t -> (B,);  noise: () -> fresh unit
+    noise (B, C, H, W);  label: (B,) or None;  sampler: "ancestral" or "ddim";  gamma: 0 to 1.
     """
     z = noise()
     t = torch.linspace(1, 0, steps + 1, device=z.device)
@@ -75,7 +77,7 @@ def sample(model, logsnr, noise, steps, label=None, sampler="ancestral", gamma=0
             z = ancestral_step(z, x_hat, logsnr_t, logsnr_s, gamma, noise())
 
 
-# ---------------------------------------------------------------------------- from here on: files and ranks
+# ---------------------------------------------------------------------------- files and ranks
 
 def seed_of(*key):
     """A well-mixed 63-bit seed from whole numbers, e.g. (seed, index of the picture)."""
@@ -83,9 +85,10 @@ def seed_of(*key):
 
 
 def picture_noise(seed, indices, res, device):
-    """A `noise` for `sample` in which picture i's noise depends on (seed, i) alone, whatever shares its batch."""
+    """A `noise` for `sample`: picture i's depends on (seed, i) alone, whatever shares its batch."""
     generators = [torch.Generator(device).manual_seed(seed_of(seed, i)) for i in indices]
-    return lambda: torch.stack([torch.randn(3, res, res, generator=g, device=device) for g in generators])
+    return lambda: torch.stack([torch.randn(3, res, res, generator=generator, device=device)
+                                for generator in generators])
 
 
 def to_uint8(x):
@@ -121,30 +124,31 @@ def pick_device():
 
 
 def load_model(path, device):
-    """model.pt -> UViT with EMA weights in eval mode, and the dict it came in: config, classes, step."""
+    """model.pt -> UViT with EMA weights, and the dict they came in: config, classes, step, ema."""
     saved = torch.load(path, map_location=device, weights_only=True)
-    model = UViT.from_config(saved["config"], len(saved["classes"])).to(device).eval().requires_grad_(False)
+    model = UViT.from_config(saved["config"], len(saved["classes"]))
     model.load_state_dict(saved["ema"])
-    return model, saved
+    return model.to(device).eval().requires_grad_(False), saved
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Draw pictures with a trained model: a grid, single PNGs, and an .npz.")
-    parser.add_argument("--ckpt", default="", help="model.pt of a run (default: the newest under runs/)")
+    parser = argparse.ArgumentParser(description="Draw pictures with a trained model.")
+    parser.add_argument("--ckpt", default="", help="model.pt of a run (default: the newest)")
     parser.add_argument("--out", default="samples", help="folder for the pictures")
     parser.add_argument("--n", type=int, default=16, help="how many")
     parser.add_argument("--steps", type=int, default=128, help="network calls per picture")
     parser.add_argument("--sampler", choices=["ancestral", "ddim"], default="ancestral")
-    parser.add_argument("--gamma", type=float, default=0.2, help="variance of the ancestral sampler, 0 to 1")
-    parser.add_argument("--guidance", type=float, default=1.0, help="1 + eta; 1 is off, needs a model with classes")
-    parser.add_argument("--label", default="", help="a class by name or number (default: all in turn)")
+    parser.add_argument("--gamma", type=float, default=0.2, help="variance, 0 to 1")
+    parser.add_argument("--guidance", type=float, default=1.0, help="1 + eta; 1 is off")
+    parser.add_argument("--label", default="", help="a class, by name or number")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=16, help="pictures at a time")
     args = parser.parse_args(argv)
 
     ckpt = args.ckpt or max(glob.glob("runs/*/model.pt"), key=os.path.getmtime, default="")
     if not os.path.isfile(ckpt):
-        fail(f"--ckpt {ckpt}: no such file" if ckpt else "no model.pt under runs/: train one first (python train.py) or name it (--ckpt)")
+        fail(f"--ckpt {ckpt}: no such file" if ckpt else
+             "no model.pt under runs/: train one first (python train.py) or name it (--ckpt)")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, bf16 = pick_device()
     model, saved = load_model(ckpt, device)
@@ -160,21 +164,24 @@ def main(argv=None):
         wanted = [classes.index(args.label)]
     elif args.label:
         if not args.label.isdigit() or int(args.label) >= len(classes):
-            fail(f"--label {args.label}: not a class; they are 0 to {len(classes) - 1}: {', '.join(classes)}")
+            fail(f"--label {args.label}: not one of 0 to {len(classes) - 1}: {', '.join(classes)}")
         wanted = [int(args.label)]
     else:
         wanted = range(len(classes))
 
-    # Pictures are made in fixed batches, batch k by rank k mod world: the same pictures on any number of ranks.
+    # Fixed batches, batch k by rank k mod world: the same pictures on any number of ranks.
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     logsnr = logsnr_schedule(config["schedule"], config["res"], config["noise_d"])
     for start in range(args.batch * rank, args.n, args.batch * world):
         indices = range(start, min(start + args.batch, args.n))
-        label = torch.tensor([wanted[i % len(wanted)] for i in indices], device=device) if classes else None
+        label = None
+        if classes:
+            label = torch.tensor([wanted[i % len(wanted)] for i in indices], device=device)
         noise = picture_noise(args.seed, indices, config["res"], device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            x = sample(model, logsnr, noise, args.steps, label, args.sampler, args.gamma, args.guidance, bar=rank == 0)
+            x = sample(model, logsnr, noise, args.steps, label, args.sampler, args.gamma,
+                       args.guidance, bar=rank == 0)
         for i, picture in zip(indices, to_uint8(x)):
             Image.fromarray(picture).save(out / f"{i:06d}.png")
     if world > 1:
@@ -183,10 +190,11 @@ def main(argv=None):
         dist.destroy_process_group()
     if rank == 0:
         pictures = np.stack([np.asarray(Image.open(out / f"{i:06d}.png")) for i in range(args.n)])
-        np.savez(out / "samples.npz", arr_0=pictures)           # (N, H, W, 3) uint8: what FID evaluators read
+        np.savez(out / "samples.npz", arr_0=pictures)       # (N, H, W, 3) uint8: for FID evaluators
         columns = len(wanted) if 1 < len(wanted) <= 12 else max(1, round(min(args.n, 100) ** .5))
         grid(pictures[:10 * columns], columns).save(out / "grid.png")
-        print(f"{args.n} pictures from {ckpt} (step {saved['step']}) in {out}/: grid.png, 000000.png ..., samples.npz")
+        print(f"{args.n} pictures from {ckpt} (step {saved['step']}) in {out}/: "
+              "grid.png, 000000.png ..., samples.npz")
 
 
 if __name__ == "__main__":

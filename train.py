@@ -1,6 +1,6 @@
 """The trainer: torch.compile, bf16, one process or many, resumed by the command that started it.
 
-    python train.py                                   flowers at 64 x 64, on whatever machine this is
+    python train.py                              flowers at 64 x 64, on whatever machine this is
     torchrun --nproc_per_node=8 train.py --res 512 --data PATH
 
 Picture n of the run (n = step * batch + its place in the batch), its crop, its t and its noise are
@@ -10,8 +10,10 @@ the same gradient as one, and a resumed run is the unbroken run.
 import argparse
 import copy
 import dataclasses
+import inspect
 import json
 import os
+import re
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -37,7 +39,7 @@ class Config:
     res: int = 64               # side of the pictures in pixels; picks what is marked (res) below
     flip: bool = True           # mirror half of the pictures
     # Network (uvit.py)
-    model: str = ""             # tiny, small, base or paper; empty (res): tiny at 64 and below, else base
+    model: str = ""             # tiny, small, base, paper; empty (res): tiny to 64, base above
     patch: str = "dwt"          # dwt, conv or none: how a large picture becomes a 128 x 128 map
     dropout: float = -1         # in the blocks named below; -1: the model's own
     dropout_res: int = 16       # dropout in the blocks whose maps are at most this large
@@ -47,12 +49,12 @@ class Config:
     loss: str = "eps"           # eps (the paper's text) or v (its settings list)
     multiscale: str = ""        # on or off; empty (res): on at 512 and above
     drop_label: float = 0.1     # share of the pictures that train the null class, for guidance
-    # Optimiser; 0: the model's own, from TRAINING
-    batch: int = 0              # pictures a step, over all ranks
+    # Optimiser
+    batch: int = 0              # pictures a step, over all ranks; 0: the model's own
     accum: int = 1              # parts a rank does its share of the batch in, one after the other
-    steps: int = 0              # optimiser steps of the whole run
-    lr: float = 0               # learning rate after the warm-up
-    warmup: int = 0             # steps of linear warm-up
+    steps: int = 0              # optimiser steps of the whole run; 0: the model's own
+    lr: float = 0               # learning rate after the warm-up; 0: the model's own
+    warmup: int = 0             # steps of linear warm-up; 0: the model's own
     clip: float = 1.0           # largest norm of the gradient
     ema: float = 0.9999         # decay of the weights' moving average, reached by a warm-up
     seed: int = 0               # of weights, pictures, crops, noise and dropout
@@ -67,44 +69,57 @@ class Config:
     save_every: int = 250       # steps between checkpoints
 
 
-TRAINING = {    # the paper: batch 2048, 500k steps, lr 1e-4, warm-up 10,000; ours, for smaller machines:
+TRAINING = {    # `paper` is the paper's; the others are ours, for smaller machines
     "tiny":  dict(batch=32,   steps=1_500,   lr=2e-3, warmup=100),
     "small": dict(batch=64,   steps=50_000,  lr=4e-4, warmup=1_000),
     "base":  dict(batch=256,  steps=300_000, lr=2e-4, warmup=5_000),
     "paper": dict(batch=2048, steps=500_000, lr=1e-4, warmup=10_000),
 }
-MACHINE = {"steps", "accum", "out", "compile", "bf16", "workers", "log_every", "sample_every", "save_every"}  # may change on resume
+MAY_CHANGE = {"steps", "accum", "out", "compile", "bf16", "workers", "log_every", "sample_every",
+              "save_every"}     # on resume; all else is refused
 NOISE_LEVELS = 8                # times at which the loss by noise level is measured
+REPORT_STEPS = 50               # network calls for a picture of the grid
+EXPECT = """What to expect of flowers at 64 x 64: a loss of 0.25 at the start, under 0.05 at step 250,
+when the grid shows coloured blobs; flowers from about step 500, petals by step 1,500.
+On two CPU cores a step takes about 0.7 seconds, on anything faster less."""
 
 
 def parse_config(argv=None):
-    """argv -> Config, with everything that --res and --model pick filled in. Wrong input: one line, exit code 2."""
-    parser = argparse.ArgumentParser(description="Train a U-ViT by simple diffusion.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """argv -> Config, with all that --res and --model pick. Wrong input: a line, exit code 2."""
+    parser = argparse.ArgumentParser(description="Train a U-ViT by simple diffusion.")
+    says = dict(re.findall(r"^ +(\w+): .*?# (.*)$", inspect.getsource(Config), re.MULTILINE))
     for field in dataclasses.fields(Config):
-        kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
-        parser.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, help=" ", **kind)
+        kind = dict(type=field.type)
+        if field.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)
+        parser.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, **kind,
+                            help=f"{says[field.name]} (default: {field.default!r})")
     config = Config(**vars(parser.parse_args(argv)))
 
     config.model = config.model or ("tiny" if config.res <= 64 else "base")
-    for name, values in dict(model=PRESETS, patch=("dwt", "conv", "none"), schedule=("cosine", "shifted", "interpolated"),
-                             loss=("eps", "v"), multiscale=("", "on", "off"), compile=("", "on", "off"), bf16=("", "on", "off")).items():
+    switch = ("", "on", "off")
+    for name, values in dict(model=PRESETS, patch=("dwt", "conv", "none"), loss=("eps", "v"),
+                             schedule=("cosine", "shifted", "interpolated"),
+                             multiscale=switch, compile=switch, bf16=switch).items():
         if getattr(config, name) not in values:
-            fail(f"--{name} {getattr(config, name)}: must be one of {', '.join(filter(None, values))}")
+            wanted = ", ".join(filter(None, values))
+            fail(f"--{name} {getattr(config, name)}: must be one of {wanted}")
     step = 2 ** (wavelet_levels(max(config.res, 1)) + unet_levels(max(config.res, 1)))
     if config.res < 16 or config.res % step:
         near = max(16, round(config.res / step) * step)
-        fail(f"--res {config.res}: must be at least 16 and, at this size, a multiple of {step}, for example {near}")
+        fail(f"--res {config.res}: must be at least 16 and, at this size, a multiple of {step}, "
+             f"for example {near}")
     for name, value in TRAINING[config.model].items():
         setattr(config, name, getattr(config, name) or value)
     config.multiscale = config.multiscale or ("on" if config.res >= 512 else "off")
-    config.out = config.out or f"runs/{Path(config.data).stem or 'flowers'}-{config.res}-{config.model}"
+    name = Path(config.data).stem or "flowers"
+    config.out = config.out or f"runs/{name}-{config.res}-{config.model}"
     return config
 
 
 def draw_noise(seed, first, count, res, device):
-    """t (B,) ~ U(0, 1), eps (B, 3, res, res) ~ N(0, 1), u (B,) ~ U(0, 1) of pictures first, first + 1, ...
-
-    Each picture has its own generator: its noise is the same on any rank and in any batch.
+    """t (B,) ~ U(0, 1), eps (B, 3, res, res) ~ N(0, 1), u (B,) ~ U(0, 1) of pictures first to
+    first + count - 1. Each has its own generator: the same noise on any rank and in any batch.
     """
     generator, t, eps, u = torch.Generator(device), [], [], []
     for n in range(first, first + count):
@@ -116,15 +131,15 @@ def draw_noise(seed, first, count, res, device):
 
 
 def ema_decay(updates, ema):
-    """Warm-up of the EMA: min(ema, (1 + n) / (10 + n)), n from -1, so that the random start has no weight.
+    """Warm-up of the EMA: min(ema, (1 + n) / (10 + n)), n = updates - 1.
 
-    updates: how many were made before; 0 gives 0, the EMA becomes the model.
+    updates: how many were made before. The first gives 0: the random start has no weight.
     """
     return min(ema, updates / (9 + updates))
 
 
 def save(path, content):
-    """Write, flush, rename: whoever reads `path` finds the old file or the new one, never half of one."""
+    """Write, flush, rename: a reader of `path` finds the old file or the new one, never half."""
     part = Path(f"{path}.part")
     with open(part, "wb") as file:
         torch.save(content, file)
@@ -146,7 +161,7 @@ def main(argv=None):
     device, has_bf16 = pick_device()
     ddp, cuda, master = "RANK" in os.environ, device.type == "cuda", rank == 0
     if config.batch % (world * config.accum):
-        fail(f"--batch {config.batch}: must be a multiple of ranks x accum = {world} x {config.accum}")
+        fail(f"--batch {config.batch}: must be a multiple of ranks x accum, {world * config.accum}")
     micro = config.batch // (world * config.accum)
     if ddp:
         dist.init_process_group("nccl" if cuda else "gloo")
@@ -156,19 +171,23 @@ def main(argv=None):
 
     # -- pictures
     try:
-        dataset = Pictures(config.data, config.res, config.seed, config.flip) if config.data else Flowers(config.res, config.seed)
-        report_x, report_label, _ = collate([dataset[n] for n in range(16)])    # also: can they be read at all?
+        dataset = Flowers(config.res, config.seed)
+        if config.data:
+            dataset = Pictures(config.data, config.res, config.seed, config.flip)
+        report_x, report_label, _ = collate([dataset[n] for n in range(16)])    # can any be read?
     except (ValueError, OSError) as error:
         fail(str(error))
     if config.data and len(dataset.names) < config.batch:
-        fail(f"--data {config.data}: {len(dataset.names)} pictures are fewer than --batch {config.batch}; add pictures or lower --batch")
+        fail(f"--data {config.data}: {len(dataset.names)} pictures are fewer than --batch "
+             f"{config.batch}; add pictures or lower --batch")
     classes = len(dataset.classes)
 
     # -- model
     torch.manual_seed(config.seed)
     model = UViT.from_config(vars(config), classes).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.99), eps=1e-12, weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.99), eps=1e-12,
+                                  weight_decay=0, fused=True)
     logsnr = logsnr_schedule(config.schedule, config.res, config.noise_d)
 
     # -- resume
@@ -177,33 +196,42 @@ def main(argv=None):
     if checkpoints:
         saved = torch.load(checkpoints[-1], map_location=device, weights_only=True)
         for name, was in saved["config"].items():
-            if name not in MACHINE and getattr(config, name) != was:
-                fail(f"{out} was started with --{name.replace('_', '-')} {was}, now {getattr(config, name)}: go back to that, or give a new --out")
+            if name not in MAY_CHANGE and getattr(config, name) != was:
+                fail(f"{out} was started with --{name.replace('_', '-')} {was}, now "
+                     f"{getattr(config, name)}: go back to that, or give a new --out")
         model.load_state_dict(saved["model"])
         ema.load_state_dict(saved["ema"])
         optimizer.load_state_dict(saved["optimizer"])
         start, seconds = saved["step"], saved["seconds"]
     if start >= config.steps:
         if master:
-            print(f"{out} is at step {start} of {config.steps}: done. More: --steps {2 * start}. Pictures: python sample.py")
+            print(f"{out} is at step {start} of {config.steps}: done. "
+                  f"More: --steps {2 * start}. Pictures: python sample.py")
         return
     net = model
     if config.compile == "on" or (not config.compile and cuda):
         model.compile()
     if ddp:
-        net = DDP(model, device_ids=[device.index] if cuda else None, broadcast_buffers=False, gradient_as_bucket_view=True)
+        net = DDP(model, device_ids=[device.index] if cuda else None, broadcast_buffers=False,
+                  gradient_as_bucket_view=True)
 
     # -- what is about to happen
     if master:
         out.mkdir(parents=True, exist_ok=True)
         log_path = out / "log.jsonl"
-        if log_path.exists():               # forget what was logged after the checkpoint: it will happen again
-            kept = [line for line in log_path.read_text().splitlines(True) if line.endswith("\n") and json.loads(line)["step"] <= start]
-            log_path.write_text("".join(kept))
+        if log_path.exists():       # forget what was logged after the checkpoint: it happens again
+            lines = [line for line in log_path.read_text().splitlines(True) if line.endswith("\n")]
+            lines = [line for line in lines if json.loads(line)["step"] <= start]
+            log_path.write_text("".join(lines))
         log = open(log_path, "a", buffering=1)
-        print(f"{config.model} U-ViT, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M weights, {config.res} x {config.res}, "
-              f"{classes} classes, batch {config.batch} on {world} x {device.type}{' in bf16' if bf16 else ''}; steps {start} to {config.steps}; "
-              f"everything goes to {out}/ (grid.png: look at it), the same command resumes", flush=True)
+        weights = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"{config.model} U-ViT, {weights:.1f} M weights, {config.res} x {config.res}, "
+              f"{classes} classes, batch {config.batch} on {world} x {device.type}"
+              f"{' in bf16' if bf16 else ''}, steps {start} to {config.steps}.\n"
+              f"Everything goes to {out}/: look at grid.png. Stop at any time: the same command "
+              "resumes.", flush=True)
+        if not config.data and config.model == "tiny" and config.res == 64:
+            print(EXPECT, flush=True)
 
     # -- loader: picture numbers of this rank, step by step, from where the run stands
     def numbers():
@@ -212,8 +240,12 @@ def main(argv=None):
                 first = step * config.batch + (part * world + rank) * micro
                 yield range(first, first + micro)
 
-    workers = config.workers if config.workers >= 0 else min(8, (os.cpu_count() or 1) // world) if cuda else 0
-    loader = iter(DataLoader(dataset, batch_sampler=numbers(), num_workers=workers, collate_fn=collate, pin_memory=cuda))
+    workers = config.workers
+    if workers < 0:
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = min(8, cores) if cuda else 0
+    loader = iter(DataLoader(dataset, batch_sampler=numbers(), num_workers=workers,
+                             collate_fn=collate, pin_memory=cuda))
 
     # -- reports: a grid from fixed noise and the loss by noise level, the work shared by all ranks
     columns = min(classes, 10) or 8
@@ -223,14 +255,16 @@ def main(argv=None):
 
     @torch.no_grad()
     def report():
-        """Loss of the EMA by noise level, and its pictures (uint8) on rank 0: the same noise each time."""
-        mine = range(rank, shown, world)
+        """Loss of the EMA by noise level, and on rank 0 its pictures: the same noise each time."""
+        times = (torch.arange(NOISE_LEVELS, device=device) + .5) / NOISE_LEVELS
+        mine, pictures, parts = range(rank, shown, world), [], [None] * world
         label = torch.tensor([i % classes for i in mine], device=device) if classes else None
         with autocast:
-            losses = [diffusion_loss(ema, report_x, torch.full((16,), (k + .5) / NOISE_LEVELS, device=device), report_eps,
-                                     logsnr, report_label).item() for k in range(NOISE_LEVELS)]
-            pictures = to_uint8(sample(ema, logsnr, picture_noise(config.seed, mine, config.res, device), 50, label, bar=master)) if mine else []
-        parts = [None] * world
+            losses = [diffusion_loss(ema, report_x, t.expand(len(report_x)), report_eps, logsnr,
+                                     report_label).item() for t in times]
+            if mine:
+                noise = picture_noise(config.seed, mine, config.res, device)
+                pictures = to_uint8(sample(ema, logsnr, noise, REPORT_STEPS, label, bar=master))
         if ddp:
             dist.gather_object(pictures, parts if master else None)
         else:
@@ -239,13 +273,14 @@ def main(argv=None):
 
     # -- loop
     model.train()
-    bar = tqdm(total=config.steps, initial=start, disable=not master, dynamic_ncols=True, unit="step")
-    total, skipped, in_a_row = (torch.zeros((), device=device) for _ in range(3))
+    multiscale = config.multiscale == "on"
+    bar = tqdm(total=config.steps, initial=start, disable=not master, unit="step")
+    total, skipped, in_a_row = torch.zeros(3, device=device).unbind()
     known_broken, clock, last = set(), time.time(), start
     for step in range(start, config.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1, (step + 1) / config.warmup)
-        torch.manual_seed(seed_of(config.seed, step, rank))                     # dropout
+        torch.manual_seed(seed_of(config.seed, step, rank))     # dropout
 
         for part in range(config.accum):
             x, label, broken = next(loader)
@@ -258,43 +293,52 @@ def main(argv=None):
             label = torch.where(u < config.drop_label, classes, label) if classes else None
             with net.no_sync() if ddp and part < config.accum - 1 else nullcontext():
                 with autocast:
-                    loss = diffusion_loss(net, x, t, eps, logsnr, label, config.loss, config.multiscale == "on") / config.accum
-                loss.backward()
-            total += loss.detach()
+                    loss = diffusion_loss(net, x, t, eps, logsnr, label, config.loss, multiscale)
+                (loss / config.accum).backward()
+            total += loss.detach() / config.accum
 
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        # The gradient is the same on all ranks, so all skip together; fused AdamW does it without a wait.
+        # All ranks have the same gradient, so all skip together, inside AdamW, without a wait.
         optimizer.found_inf = (~norm.isfinite()).float()
-        skipped, in_a_row = skipped + optimizer.found_inf, (in_a_row + 1) * optimizer.found_inf
+        skipped += optimizer.found_inf
+        in_a_row = (in_a_row + 1) * optimizer.found_inf
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - ema_decay(step, config.ema))
+        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()),
+                             1 - ema_decay(step, config.ema))
         bar.update()
 
         done = step + 1
         if done % config.log_every == 0 or done == config.steps:
             if ddp:
                 dist.all_reduce(total)
-            line = dict(step=done, loss=total.item() / world / (done - last), norm=norm.item(), skipped=int(skipped),
-                        lr=group["lr"], images_per_second=round((done - last) * config.batch / (time.time() - clock), 1),
-                        seconds=round(seconds + time.time() - clock, 1))
-            total.zero_()
+            took = time.time() - clock
+            seconds = round(seconds + took, 1)
+            images_s = round((done - last) * config.batch / took, 1)
+            mean = total.item() / world / (done - last)
             if in_a_row >= 10:
-                fail(f"step {done}: {int(in_a_row)} gradients in a row were not finite; the last good checkpoint is in {out}, try a lower --lr")
+                fail(f"step {done}: {int(in_a_row)} gradients in a row were not finite; the last "
+                     f"good checkpoint is in {out}, try a lower --lr")
             if master:
-                bar.set_postfix(loss=f"{line['loss']:.4f}", images_s=line["images_per_second"])
-                log.write(json.dumps(line) + "\n")
-            seconds, clock, last = line["seconds"], time.time(), done
+                bar.set_postfix(loss=f"{mean:.4f}", images_s=images_s)
+                log.write(json.dumps(dict(step=done, loss=mean, norm=norm.item(), lr=group["lr"],
+                                          skipped=int(skipped), images_per_second=images_s,
+                                          seconds=seconds)) + "\n")
+            total.zero_()
+            clock, last = time.time(), done
         if config.sample_every and (done % config.sample_every == 0 or done == config.steps):
             losses, pictures = report()
             if master:
-                log.write(json.dumps(dict(step=done, loss_by_noise_level=[round(l, 5) for l in losses])) + "\n")
-                tqdm.write(f"step {done}: loss from clean to noisy " + " ".join(f"{l:.3f}" for l in losses))
+                log.write(json.dumps(dict(step=done, loss_by_noise_level=losses)) + "\n")
+                tqdm.write(f"step {done}: loss from clean to noisy "
+                           + " ".join(f"{loss:.4f}" for loss in losses))
                 grid(pictures, columns).save(out / f"grid-{done:07d}.png")
                 grid(pictures, columns).save(out / "grid.png")
         if master and (done % config.save_every == 0 or done == config.steps):
-            content = dict(config=vars(config), classes=dataset.classes, step=done, ema=ema.state_dict())
-            save(out / f"ckpt-{done:08d}.pt", content | dict(seconds=seconds, model=model.state_dict(), optimizer=optimizer.state_dict()))
+            content = dict(config=vars(config), classes=dataset.classes, step=done,
+                           ema=ema.state_dict())
+            save(out / f"ckpt-{done:08d}.pt", content | dict(
+                seconds=seconds, model=model.state_dict(), optimizer=optimizer.state_dict()))
             save(out / "model.pt", content)
             for old in sorted(out.glob("ckpt-*.pt"))[:-2]:
                 old.unlink()

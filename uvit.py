@@ -17,23 +17,23 @@ import torch.nn.functional as F
 from wavelet import dwt, idwt
 
 # Widths and ResBlocks are those of the levels 128, 64, 32 and the transformer's 16 x 16; a smaller
-# picture starts further down the row. `head` is the width of one head: see "Our choices" in the README.
+# picture starts further down the row. `head` is the width of one head (README, "Our choices").
 PRESETS = {
-    #             widths                        blocks             depth      head      emb        dropout
-    "tiny":  dict(widths=(16, 16, 48, 128),     blocks=(1, 1, 1),  depth=4,   head=64,  emb=256,   dropout=0.0),
-    "small": dict(widths=(64, 96, 192, 512),    blocks=(2, 2, 2),  depth=8,   head=64,  emb=512,   dropout=0.1),
-    "base":  dict(widths=(128, 192, 384, 1024), blocks=(2, 2, 2),  depth=16,  head=64,  emb=1024,  dropout=0.1),
-    "paper": dict(widths=(128, 256, 512, 2048), blocks=(2, 2, 2),  depth=36,  head=128, emb=1024,  dropout=0.2),
-}
+    name: dict(widths=widths, blocks=blocks, depth=depth, head=head, emb=emb, dropout=dropout)
+    for name,     widths,                blocks,    depth, head,  emb, dropout in (
+        ("tiny",  (16, 16, 48, 128),     (1, 1, 1),     4,   64,  256,     0.0),
+        ("small", (64, 96, 192, 512),    (2, 2, 2),     8,   64,  512,     0.1),
+        ("base",  (128, 192, 384, 1024), (2, 2, 2),    16,   64, 1024,     0.1),
+        ("paper", (128, 256, 512, 2048), (2, 2, 2),    36,  128, 1024,     0.2))}
 
 
 def wavelet_levels(res):
-    """Levels of wavelet (or log2 of the stride) that bring a picture of side res to 128 or less (Section 3.3)."""
+    """Levels of wavelet (log2 of the stride) that bring side res to 128 or less (Section 3.3)."""
     return max(0, math.ceil(math.log2(res / 128)))
 
 
 def unet_levels(res):
-    """Halvings between the top level of the network and its transformer at 16 x 16 or just below."""
+    """Halvings from the top level of the network to its transformer, at 16 x 16 or just below."""
     return max(0, math.ceil(math.log2(res / 2**wavelet_levels(res) / 16)))
 
 
@@ -108,22 +108,24 @@ class Embedding(nn.Module):
     def __init__(self, emb, classes):
         super().__init__()
         self.classes = classes
-        # Sinusoids over logsnr with periods from 1 to 100: the schedule spans 30, and its detail matters.
-        self.register_buffer("freqs", 2 * math.pi / torch.logspace(0, 2, emb // 2), persistent=False)
+        # Sinusoids over logsnr with periods from 1 to 100: the schedule spans 30.
+        freqs = 2 * math.pi / torch.logspace(0, 2, emb // 2)
+        self.register_buffer("freqs", freqs, persistent=False)
         self.linear_in, self.linear_out = nn.Linear(2 * (emb // 2), emb), nn.Linear(emb, emb)
-        self.label = nn.Embedding(classes + 1, emb) if classes else None        # the last row: no class
+        self.label = nn.Embedding(classes + 1, emb) if classes else None    # the last row: no class
 
     def forward(self, logsnr, label):
         angle = logsnr[:, None] * self.freqs
         h = self.linear_out(F.silu(self.linear_in(torch.cat([angle.sin(), angle.cos()], 1))))
         if self.label is not None:
-            label = torch.full_like(logsnr, self.classes, dtype=torch.long) if label is None else label
+            if label is None:
+                label = torch.full_like(logsnr, self.classes, dtype=torch.long)
             h = h + self.label(label)
         return F.silu(h)
 
 
 class UViT(nn.Module):
-    """U-ViT (Figure 8): z (B, 3, res, res), logsnr (B,), label (B,) or None -> v_hat (B, 3, res, res).
+    """U-ViT (Figure 8): z (B, 3, res, res), logsnr (B,), label (B,) or None -> v_hat, z's shape.
 
     res: side of the pictures, a multiple of 2^(levels of wavelet + halvings);
     widths, blocks, depth, head, emb, dropout: a row of PRESETS; classes: 0 for an unconditional
@@ -133,7 +135,8 @@ class UViT(nn.Module):
     the transformer.
     """
 
-    def __init__(self, res, widths, blocks, depth, head, emb, dropout=0.0, classes=0, patch="dwt", dropout_res=16):
+    def __init__(self, res, widths, blocks, depth, head, emb, dropout=0.0, classes=0, patch="dwt",
+                 dropout_res=16):
         super().__init__()
         self.classes = classes
         levels, halvings = wavelet_levels(res), unet_levels(res)
@@ -148,7 +151,7 @@ class UViT(nn.Module):
         widths = ((widths[0],) * extra + tuple(widths))[-halvings - 1:]
         blocks = ((blocks[0],) * extra + tuple(blocks))[-halvings:] if halvings else ()
         sizes = [res // 2**levels // 2**i for i in range(halvings + 1)]
-        drops = [dropout if size <= dropout_res or i == halvings else 0.0 for i, size in enumerate(sizes)]
+        drops = [dropout if size <= dropout_res else 0.0 for size in sizes[:-1]] + [dropout]
 
         top, width = widths[0], widths[-1]
         if patch == "conv" and levels:
@@ -159,40 +162,44 @@ class UViT(nn.Module):
             self.project_out = zero(nn.Conv2d(top, channels, 3, padding=1))
         self.embedding = Embedding(emb, classes)
         self.down, self.pool, self.up, self.unpool = (nn.ModuleList() for _ in range(4))
-        for i, (w, n) in enumerate(zip(widths, blocks)):
-            self.down.append(nn.ModuleList(ResBlock(w, emb, drops[i], skip=False) for _ in range(n)))
-            self.pool.append(nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(w, widths[i + 1], 1)))
-            self.unpool.insert(0, nn.Sequential(nn.Conv2d(widths[i + 1], w, 1), nn.Upsample(scale_factor=2)))
-            self.up.insert(0, nn.ModuleList(ResBlock(w, emb, drops[i], skip=True) for _ in range(n)))
+        for w, below, n, drop in zip(widths, widths[1:], blocks, drops):
+            down, up = ([ResBlock(w, emb, drop, skip) for _ in range(n)] for skip in (False, True))
+            self.down.append(nn.ModuleList(down))
+            self.pool.append(nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(w, below, 1)))
+            unpool = nn.Sequential(nn.Conv2d(below, w, 1), nn.Upsample(scale_factor=2))
+            self.unpool.insert(0, unpool)
+            self.up.insert(0, nn.ModuleList(up))
         self.position = nn.Parameter(0.01 * torch.randn(1, width, sizes[-1], sizes[-1]))
         self.transformer = nn.ModuleList(
-            nn.ModuleList([MLPBlock(width, emb, drops[-1]), AttentionBlock(width, head)]) for _ in range(depth))
+            nn.ModuleList([MLPBlock(width, emb, dropout), AttentionBlock(width, head)])
+            for _ in range(depth))
         self.norm_out = group_norm(top)
 
     @classmethod
     def from_config(cls, config, classes):
-        """The U-ViT that a training configuration (dict) names; config["dropout"] < 0: its preset's."""
+        """The U-ViT that a configuration (a dict) names; config["dropout"] < 0: its preset's."""
         shape = dict(PRESETS[config["model"]])
         if config["dropout"] >= 0:
             shape["dropout"] = config["dropout"]
-        return cls(config["res"], **shape, classes=classes, patch=config["patch"], dropout_res=config["dropout_res"])
+        return cls(config["res"], **shape, classes=classes, patch=config["patch"],
+                   dropout_res=config["dropout_res"])
 
     def forward(self, z, logsnr, label=None):
-        emb, skips = self.embedding(logsnr, label), []          # (B, emb)
-        h = self.project_in(dwt(z, self.levels))                # (B, widths[0], top, top)
+        emb, skips = self.embedding(logsnr, label), []      # (B, emb)
+        h = self.project_in(dwt(z, self.levels))            # (B, widths[0], top, top)
         for blocks, pool in zip(self.down, self.pool):
             for block in blocks:
-                h = block(h, emb)                               # (B, widths[i], top / 2^i, top / 2^i)
+                h = block(h, emb)                           # (B, widths[i], top / 2^i, ...)
                 skips.append(h)
-            h = pool(h)                                         # (B, widths[i + 1], top / 2^(i + 1), ...)
-        h = h + self.position                                   # (B, widths[-1], 16, 16)
-        shape, h = h.shape, h.flatten(2).mT                     # (B, 256, widths[-1])
+            h = pool(h)                                     # (B, widths[i + 1], half of it, ...)
+        h = h + self.position                               # (B, widths[-1], 16, 16)
+        shape, h = h.shape, h.flatten(2).mT                 # (B, 256, widths[-1])
         for mlp, attention in self.transformer:
-            h = attention(mlp(h, emb))                          # (B, 256, widths[-1])
-        h = h.mT.reshape(shape)                                 # (B, widths[-1], 16, 16)
+            h = attention(mlp(h, emb))                      # (B, 256, widths[-1])
+        h = h.mT.reshape(shape)                             # (B, widths[-1], 16, 16)
         for unpool, blocks in zip(self.unpool, self.up):
-            h = unpool(h)                                       # (B, widths[i], top / 2^i, top / 2^i)
+            h = unpool(h)                                   # (B, widths[i], top / 2^i, ...)
             for block in blocks:
-                h = block(h, emb, skips.pop())                  # (B, widths[i], top / 2^i, top / 2^i)
-        h = self.project_out(F.silu(self.norm_out(h)))          # (B, 3 4^levels, top, top)
-        return idwt(h.float(), self.levels)                     # (B, 3, H, W), the inverse in float32
+                h = block(h, emb, skips.pop())              # (B, widths[i], top / 2^i, ...)
+        h = self.project_out(F.silu(self.norm_out(h)))      # (B, 3 4^levels, top, top)
+        return idwt(h.float(), self.levels)                 # (B, 3, H, W), inverted in float32

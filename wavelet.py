@@ -52,8 +52,45 @@ def idwt(y, levels):
     """Inverse of `dwt`: (B, C 4^levels, h, w) -> (B, C, h 2^levels, w 2^levels)."""
     if levels == 0:
         return y
-    assert y.shape[1] % 4**levels == 0, f"{levels} levels need C 4^{levels} channels, not {y.shape[1]}"
+    assert y.shape[1] % 4**levels == 0, \
+        f"{levels} levels need C 4^{levels} channels, not {y.shape[1]}"
     c = y.shape[1] // 4
     ss, fine = idwt(y[:, :c], levels - 1), F.pixel_shuffle(y[:, c:], 2**(levels - 1))
     ds, sd, dd = fine.chunk(3, 1)
     return unlift(unlift(ss.mT, sd.mT).mT, unlift(ds.mT, dd.mT).mT)
+
+
+def main():
+    """Figure 7: two levels on a flower of ours, the bands first, then what the network gets."""
+    import numpy as np
+    from PIL import Image
+    from data import draw_flower
+
+    flower, _ = draw_flower(np.random.default_rng(2), 6, 256)
+    x = torch.from_numpy(flower).permute(2, 0, 1)[None] * 2 - 1
+    one, two = dwt(x, 1), dwt(x, 2)
+
+    def tile(band, gain):                   # fine bands are small and signed: amplified about grey
+        return ((band[0] * gain + 1) * 127.5).clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    bands = np.full((256, 256, 3), 255, np.uint8)                   # the classic nested picture
+    for c, (row, column) in enumerate([(0, 0), (0, 64), (64, 0), (64, 64)]):
+        bands[row:row + 64, column:column + 64] = tile(two[:, 3 * c:3 * c + 3], 1 if c == 0 else 4)
+    for c, (row, column) in enumerate([(0, 128), (128, 0), (128, 128)], start=1):
+        bands[row:row + 128, column:column + 128] = tile(one[:, 3 * c:3 * c + 3], 4)
+    # The 48 channels as 16 groups of 3: the coarse bands, then the fine ones by place in the fold.
+    coarse = [two[:, 3 * c:3 * c + 3] for c in range(4)]
+    fine = two[:, 12:].unflatten(1, (3, 3, 4))              # band, colour, place in the fold
+    folded = [fine[:, band, :, place] for band in range(3) for place in range(4)]
+    channels = np.full((256 + 12, 256 + 12, 3), 255, np.uint8)
+    for c, band in enumerate(coarse + folded):
+        row, column = c // 4 * 68, c % 4 * 68
+        channels[row:row + 64, column:column + 64] = tile(band, 1 if c == 0 else 4)
+    sheet = Image.new("RGB", (256 + 24 + 256 + 24 + 268, 268), "white")
+    for left, part in ((0, (flower * 255).astype(np.uint8)), (280, bands), (560, channels)):
+        sheet.paste(Image.fromarray(part), (left, 6 if part.shape[0] == 256 else 0))
+    sheet.save("assets/figure7.png")
+    print("assets/figure7.png: the picture, its bands, and the 48 channels the network gets")
+
+
+if __name__ == "__main__":
+    main()

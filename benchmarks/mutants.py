@@ -1,0 +1,116 @@
+"""Breaks the formulas one at a time and shows that the tests notice: `python benchmarks/mutants.py`.
+
+Each row is one wrong sign, factor, argument or index in schedule.py, wavelet.py, loss.py, the samplers
+or the network. A row that ends in SURVIVED is a formula no test guards; the exit code counts them.
+"""
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent.parent
+TESTS = ("schedule_ or schedules_ or shift_ or averaging or interpolated or variance or wavelet or constant_picture or perfect or alpha_squared "
+         "or rotation or network_sees or unknown_kind or pooled or multiscale_weights or test_sampler or last_step or guidance "
+         "or picture_does_not")
+
+MUTANTS = [     # file, what stands there (once), what is put in its place
+    ("schedule.py", "LOGSNR_MIN, LOGSNR_MAX = -15.0", "LOGSNR_MIN, LOGSNR_MAX = -14.0"),
+    ("schedule.py", "LOGSNR_MAX = -15.0, 15.0", "LOGSNR_MAX = -15.0, 20.0"),
+    ("schedule.py", "-LOGSNR_MAX / 2)), math", "LOGSNR_MAX / 2)), math"),
+    ("schedule.py", "-LOGSNR_MIN / 2", "-LOGSNR_MIN"),
+    ("schedule.py", "return -2 * torch.log(", "return 2 * torch.log("),
+    ("schedule.py", "return -2 * torch.log(", "return -torch.log("),
+    ("schedule.py", "t * (t_max - t_min)", "t * t_max"),
+    ("schedule.py", "torch.tan(", "torch.sin("),
+    ("schedule.py", "    assert t.dtype in", "    t = t.float()\n    assert t.dtype in"),
+    ("schedule.py", "2 * math.log(noise_d / d)", "2 * math.log(d / noise_d)"),
+    ("schedule.py", "2 * math.log(noise_d / d)", "math.log(noise_d / d)"),
+    ("schedule.py", "logsnr_cosine(t) + 2", "logsnr_cosine(t) - 2"),
+    ("schedule.py", "def logsnr_shifted(t, d, noise_d=32)", "def logsnr_shifted(t, d, noise_d=64)"),
+    ("schedule.py", "noise_d_low=32, noise_d_high=256", "noise_d_low=256, noise_d_high=32"),
+    ("schedule.py", "return t * logsnr_shifted(t, d, noise_d_low) + (1 - t)", "return (1 - t) * logsnr_shifted(t, d, noise_d_low) + t"),
+    ("schedule.py", "lambda t: logsnr_shifted(t, d, noise_d)", "lambda t: logsnr_shifted(t, noise_d, d)"),
+    ("schedule.py", "lambda t: logsnr_interpolated(t, d, noise_d)", "lambda t: logsnr_interpolated(t, d)"),
+    ("schedule.py", "torch.sigmoid(logsnr).sqrt(), torch.sigmoid(-logsnr)", "torch.sigmoid(-logsnr).sqrt(), torch.sigmoid(logsnr)"),
+    ("schedule.py", "torch.sigmoid(-logsnr).sqrt()", "torch.sigmoid(-logsnr)"),
+    ("wavelet.py", "d = odd - (even + even_next) / 2", "d = odd - (even + even_next) / 4"),
+    ("wavelet.py", "d = odd - (even + even_next) / 2", "d = odd - even"),
+    ("wavelet.py", "even + (d_prev + d) / 4, d", "even + (d_prev + d) / 2, d"),
+    ("wavelet.py", "even + (d_prev + d) / 4, d", "even - (d_prev + d) / 4, d"),
+    ("wavelet.py", "even, odd = x[..., 0::2], x[..., 1::2]", "even, odd = x[..., 1::2], x[..., 0::2]"),
+    ("wavelet.py", "even[..., -1:]], -1)    #", "even[..., :1]], -1)    #"),
+    ("wavelet.py", "d[..., :-1]], -1)             #", "d[..., 1:]], -1)             #"),
+    ("wavelet.py", "even = s - (d_prev + d) / 4", "even = s + (d_prev + d) / 4"),
+    ("wavelet.py", "odd = d + (even + even_next) / 2", "odd = d + (even + even_next) / 4"),
+    ("wavelet.py", "torch.stack([even, odd], -1)", "torch.stack([odd, even], -1)"),
+    ("wavelet.py", "fine = torch.cat([ds, sd, dd], 1)", "fine = torch.cat([sd, ds, dd], 1)"),
+    ("wavelet.py", "dwt(ss, levels - 1), F.pixel_unshuffle(fine, 2**(levels - 1))", "dwt(ss, levels - 1), dwt(fine, levels - 1)"),
+    ("wavelet.py", "F.pixel_shuffle(y[:, c:], 2**(levels - 1))", "F.pixel_shuffle(y[:, c:].flip(1), 2**(levels - 1))"),
+    ("wavelet.py", "unlift(ss.mT, sd.mT).mT", "unlift(ss, sd)"),
+    ("wavelet.py", "c = y.shape[1] // 4", "c = y.shape[1] // 2"),
+    ("loss.py", "return alpha * eps - sigma * x", "return alpha * eps + sigma * x"),
+    ("loss.py", "return alpha * eps - sigma * x", "return sigma * eps - alpha * x"),
+    ("loss.py", "return alpha * z - sigma * v", "return alpha * z + sigma * v"),
+    ("loss.py", "return sigma * z + alpha * v", "return sigma * z - alpha * v"),
+    ("loss.py", "return sigma * z + alpha * v", "return alpha * z + sigma * v"),
+    ("loss.py", "error.square().mean() / s", "error.square().mean()"),
+    ("loss.py", "error.square().mean() / s", "error.square().mean() * s"),
+    ("loss.py", "error.square().mean() / s", "error.abs().mean() / s"),
+    ("loss.py", "if s < 64:", "if s <= 64:"),
+    ("loss.py", "if s < 64:", "if s < 32:"),
+    ("loss.py", "F.avg_pool2d(error, 2)", "error[..., ::2, ::2]"),
+    ("loss.py", "F.avg_pool2d(error, 2)", "2 * F.avg_pool2d(error, 2)"),
+    ("loss.py", "** 0.5", "** 1.0"),
+    ("loss.py", "z = alpha * x + sigma * eps", "z = alpha * eps + sigma * x"),
+    ("loss.py", "model(z, logsnr_t, label)", "model(z, t, label)"),
+    ("loss.py", "target, output = eps,", "target, output = x,"),
+    ("loss.py", "multiscale_mse(output, target) if multiscale else", "F.mse_loss(output, target) if multiscale else"),
+    ("sample.py", "c = -torch.expm1(logsnr_t - logsnr_s)", "c = torch.expm1(logsnr_t - logsnr_s)"),
+    ("sample.py", "c = -torch.expm1(logsnr_t - logsnr_s)", "c = -torch.expm1(logsnr_s - logsnr_t)"),
+    ("sample.py", "mu = alpha_s * (z * (1 - c) / alpha_t + c * x_hat)", "mu = alpha_t * (z * (1 - c) / alpha_t + c * x_hat)"),
+    ("sample.py", "z * (1 - c) / alpha_t", "z * (1 - c) / alpha_s"),
+    ("sample.py", "z * (1 - c) / alpha_t", "z * c / alpha_t"),
+    ("sample.py", "gamma * torch.log(c * sigma_t**2) + (1 - gamma)", "(1 - gamma) * torch.log(c * sigma_t**2) + gamma"),
+    ("sample.py", "torch.log(c * sigma_s**2)", "torch.log(c * sigma_s)"),
+    ("sample.py", "torch.exp(log_variance / 2)", "torch.exp(log_variance)"),
+    ("sample.py", "+ torch.exp(log_variance / 2) * noise", "+ 0 * noise"),
+    ("sample.py", "(z - alpha_t * x_hat) / sigma_t", "(z - alpha_s * x_hat) / sigma_t"),
+    ("sample.py", "(z - alpha_t * x_hat) / sigma_t", "(z - alpha_t * x_hat) / sigma_s"),
+    ("sample.py", "alpha_s * x_hat + sigma_s *", "alpha_s * x_hat - sigma_s *"),
+    ("sample.py", "guidance * cond + (1 - guidance) * uncond", "(1 + guidance) * cond - guidance * uncond"),
+    ("sample.py", "guidance * cond + (1 - guidance) * uncond", "guidance * uncond + (1 - guidance) * cond"),
+    ("sample.py", "null = torch.full_like(label, model.classes)", "null = torch.zeros_like(label)"),
+    ("sample.py", "torch.linspace(1, 0, steps + 1", "torch.linspace(1, 0, steps + 2"),
+    ("sample.py", "torch.linspace(1, 0, steps + 1", "torch.linspace(0, 1, steps + 1"),
+    ("sample.py", "logsnr(t[i].expand(len(z))), logsnr(t[i + 1]", "logsnr(t[i + 1].expand(len(z))), logsnr(t[i]"),
+    ("sample.py", ".clamp(-1, 1)\n        if i", "\n        if i"),
+    ("sample.py", "if i == steps - 1:", "if i == steps - 2:"),
+    ("sample.py", 'if sampler == "ddim"', 'if sampler != "ddim"'),
+    ("sample.py", "logsnr_s, gamma, noise())", "logsnr_s, gamma, z)"),
+    ("sample.py", "seed_of(seed, i)) for i in indices", "seed_of(seed, k)) for k, i in enumerate(indices)"),
+]
+
+
+def main():
+    survived = 0
+    for file, old, new in MUTANTS:
+        with tempfile.TemporaryDirectory() as folder:
+            for source in HERE.glob("*.py"):
+                shutil.copy(source, folder)
+            target = Path(folder, file)
+            text = target.read_text()
+            assert text.count(old) == 1, f"{file}: {old!r} stands {text.count(old)} times"
+            target.write_text(text.replace(old, new))
+            run = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", "test_all.py", "-k", TESTS],
+                                 cwd=folder, capture_output=True, text=True)
+        red = re.search(r"(?:FAILED|ERROR) test_all.py(?:::(\S+))?", run.stdout)
+        survived += red is None
+        print(f"{file:12s} {old.strip()!r} -> {new.strip()!r}: {red[1] if red else 'SURVIVED'}", flush=True)
+    print(f"{len(MUTANTS)} mutants, {len(MUTANTS) - survived} killed, {survived} survived")
+    return survived
+
+
+if __name__ == "__main__":
+    sys.exit(main())
