@@ -974,6 +974,7 @@ def test_sample_takes_labels_by_name_or_number_and_refuses_others(tmp_path, trai
     for i, label in enumerate(["5 petals", "2"]):
         sampling.main([*common, "--out", str(tmp_path / str(i)), "--label", label])
     assert np.array_equal(*(np.load(tmp_path / i / "samples.npz")["arr_0"] for i in "01"))
+    capsys.readouterr()
     for flags, words in [(["--label", "rose"], "--label rose"), (["--label", "10"], "--label 10"), (["--gamma", "2"], "--gamma 2"),
                          (["--n", "0"], "--n 0"), (["--ckpt", "nowhere.pt"], "nowhere.pt")]:
         with pytest.raises(SystemExit) as stop:

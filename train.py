@@ -79,8 +79,8 @@ MAY_CHANGE = {"steps", "accum", "out", "compile", "bf16", "workers", "log_every"
               "save_every"}     # on resume; all else is refused
 NOISE_LEVELS = 8                # times at which the loss by noise level is measured
 REPORT_STEPS = 50               # network calls for a picture of the grid
-EXPECT = """What to expect of flowers at 64 x 64: a loss of 0.25 at the start, under 0.05 at step 250,
-when the grid shows coloured blobs; flowers from about step 500, petals by step 1,500.
+EXPECT = """What to expect of flowers at 64 x 64: a loss of 0.25 at the start and under 0.05 at step
+250, when the grid shows coloured blobs; flowers from about step 500, petals by step 1,500.
 On two CPU cores a step takes about 0.7 seconds, on anything faster less."""
 
 
