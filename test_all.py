@@ -839,9 +839,32 @@ def test_ema_equals_the_model_after_step_1_and_then_warms_up(tmp_path, little):
     decays = [train.ema_decay(n, .9999) for n in range(200_000)]
     assert decays[0] == 0 and decays[1] == (1 + 0) / (10 + 0) and decays[100] == (1 + 99) / (10 + 99)
     assert max(decays) == decays[-1] == .9999
-    second = run_train(tmp_path, "--steps", "2")
-    by_hand = {name: .1 * saved["ema"][name] + .9 * second["model"][name] for name in saved["ema"]}
-    assert all(torch.allclose(by_hand[name], second["ema"][name], atol=1e-6) for name in by_hand)
+    for decay, flags in ((.1, []), (.05, ["--ema", ".05"])):
+        first = run_train(tmp_path / f"{decay}", "--steps", "1", "--lr", ".1", *flags)
+        second = run_train(tmp_path / f"{decay}", "--steps", "2", "--lr", ".1", *flags)
+        by_hand = {name: decay * first["ema"][name] + (1 - decay) * second["model"][name] for name in first["ema"]}
+        assert all(torch.allclose(by_hand[name], second["ema"][name], rtol=0, atol=1e-6) for name in by_hand)
+
+
+def test_first_step_is_adam_with_warm_up_and_clipping(tmp_path, little):
+    """Adam's first step is lr times the sign of the gradient, and its average 1 - beta_1 = 0.1 of the clipped gradient."""
+    saved = run_train(tmp_path, "--steps", "1", "--lr", "0.01", "--warmup", "5", "--clip", "0.25")
+    torch.manual_seed(0)
+    start = uvit.UViT.from_config(saved["config"], 10).state_dict()
+    moved = torch.cat([(saved["model"][name] - start[name]).flatten().abs() for name in start])
+    moved = moved[moved > 0]
+    assert moved.max() < .01 / 5 * 1.001 and moved.median() > .01 / 5 * .999 and len(moved) > 100
+    state = saved["optimizer"]["state"].values()
+    assert log_lines(tmp_path)[0]["norm"] > .25 and log_lines(tmp_path)[0]["lr"] == .01 / 5
+    assert math.isclose(math.sqrt(sum(s["exp_avg"].square().sum().item() for s in state)), .1 * .25, rel_tol=1e-3)
+    second_moment = sum(s["exp_avg_sq"].sum().item() for s in state)
+    assert math.isclose(second_moment, (1 - .99) * .25**2, rel_tol=1e-3)
+
+
+def test_loader_processes_do_not_change_the_run(tmp_path, little):
+    write_folder(tmp_path / "set", 12)
+    runs = [run_train(tmp_path / n, "--data", str(tmp_path / "set"), "--steps", "4", "--workers", n) for n in "02"]
+    assert_same_bits(*(run["model"] for run in runs))
 
 
 def test_run_folder_holds_two_checkpoints_model_log_and_grids(tmp_path, little):
