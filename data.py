@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-CACHE_BYTES = 1 << 30                       # decoded pictures kept in memory, per process
+CACHE_BYTES = 1 << 28                       # decoded pictures kept in memory, per process
 
 
 # ---------------------------------------------------------------------------- the built-in flowers
@@ -156,6 +156,9 @@ class Pictures:
         self.labels = [number[folder] for folder in folders]
         self.cache, self.cached, self.zip, self.order = {}, 0, None, (None, None)
 
+    def __getstate__(self):                 # to a worker process: open files and memory stay here
+        return self.__dict__ | dict(zip=None, cache={}, cached=0)
+
     def folder_names(self):
         seen = set()
         for folder, folders, files in os.walk(self.path, followlinks=True):
@@ -188,24 +191,23 @@ class Pictures:
             return shorter_side_to(to_rgb(image), self.res)
 
     def picture(self, i):
-        """File i -> (H, W, 3) uint8, None; or None, reason if it is broken. Kept in memory."""
+        """File i -> (H, W, 3) uint8, None (kept in memory); or None, reason if it is broken."""
         if i not in self.cache:
             try:
                 pixels, reason = np.asarray(self.open(self.names[i])), None
             except Exception as e:          # whatever PIL or the disk raises: the run must go on
                 pixels, reason = None, f"{self.names[i]}: {type(e).__name__}: {e}"
-            if self.cached > CACHE_BYTES:
+            if pixels is None or self.cached + pixels.nbytes > CACHE_BYTES:
                 return pixels, reason
-            self.cache[i] = pixels, reason
-            self.cached += 0 if pixels is None else pixels.nbytes
+            self.cache[i], self.cached = (pixels, reason), self.cached + pixels.nbytes
         return self.cache[i]
 
     def __getitem__(self, n):
         epoch, place = divmod(n, len(self.names))
         if self.order[0] != epoch:
-            rng = np.random.default_rng((self.seed, epoch))
+            rng = np.random.default_rng((1, self.seed, epoch))
             self.order = epoch, rng.permutation(len(self.names))
-        rng, broken = np.random.default_rng((self.seed, epoch, place)), []
+        rng, broken = np.random.default_rng((2, self.seed, n)), []
         for k in range(len(self.names)):
             i = self.order[1][(place + k) % len(self.names)]
             pixels, reason = self.picture(i)

@@ -7,6 +7,7 @@ import argparse
 import glob
 import os
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,7 @@ def guided(model, z, logsnr, label, guidance):
     """
     if guidance == 1:
         return model(z, logsnr, label).float()
+    assert label is not None, f"guidance {guidance} needs labels; 1 is off"
     null = torch.full_like(label, model.classes)
     v_hat = model(torch.cat([z, z]), torch.cat([logsnr, logsnr]), torch.cat([label, null])).float()
     cond, uncond = v_hat.chunk(2)
@@ -79,14 +81,20 @@ def sample(model, logsnr, noise, steps, label=None, sampler="ancestral", gamma=0
 
 # ---------------------------------------------------------------------------- files and ranks
 
-def seed_of(*key):
-    """A well-mixed 63-bit seed from whole numbers, e.g. (seed, index of the picture)."""
+# What a seed is for: the first number of its key, so that no two streams are ever the same.
+TRAINING, SAMPLING, DROPOUT = 1, 2, 3
+
+
+def seed_of(purpose, *key):
+    """A mixed seed from whole numbers, e.g. (TRAINING, seed, picture); CPUs use 32 bits of it."""
+    key = purpose, *key
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def picture_noise(seed, indices, res, device):
     """A `noise` for `sample`: picture i's depends on (seed, i) alone, whatever shares its batch."""
-    generators = [torch.Generator(device).manual_seed(seed_of(seed, i)) for i in indices]
+    generators = [torch.Generator(device).manual_seed(seed_of(SAMPLING, seed, i))
+                  for i in indices]
     return lambda: torch.stack([torch.randn(3, res, res, generator=generator, device=device)
                                 for generator in generators])
 
@@ -114,18 +122,23 @@ def fail(message):
 
 
 def pick_device():
-    """This rank's device, and the precision of its autocast: bf16 where the hardware has it."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        return torch.device("cuda", torch.cuda.current_device()), torch.cuda.is_bf16_supported()
-    if torch.backends.mps.is_available():
-        return torch.device("mps"), False
+    """This rank's device, and whether its hardware has bf16. DEVICE=cpu in the environment: CPU."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available() and os.environ.get("DEVICE") != "cpu":
+        if local_rank >= torch.cuda.device_count():
+            fail(f"rank {local_rank} has no GPU of its own: --nproc_per_node is at most "
+                 f"{torch.cuda.device_count()} here")
+        torch.cuda.set_device(local_rank)
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.device("cuda", local_rank), has_bf16
+    if torch.backends.mps.is_available() and not {"DEVICE", "RANK"} & os.environ.keys():
+        return torch.device("mps"), False           # alone: gloo has no MPS
     return torch.device("cpu"), torch.cpu._is_avx512_bf16_supported()
 
 
 def load_model(path, device):
     """model.pt -> UViT with EMA weights, and the dict they came in: config, classes, step, ema."""
-    saved = torch.load(path, map_location=device, weights_only=True)
+    saved = torch.load(path, map_location="cpu", weights_only=True)
     model = UViT.from_config(saved["config"], len(saved["classes"]))
     model.load_state_dict(saved["ema"])
     return model.to(device).eval().requires_grad_(False), saved
@@ -151,11 +164,16 @@ def main(argv=None):
              "no model.pt under runs/: train one first (python train.py) or name it (--ckpt)")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, bf16 = pick_device()
-    model, saved = load_model(ckpt, device)
+    try:
+        model, saved = load_model(ckpt, device)
+    except Exception as error:
+        fail(f"--ckpt {ckpt}: not a model.pt of ours ({type(error).__name__})")
     config, classes = saved["config"], saved["classes"]
 
     if args.n < 1 or args.steps < 1 or args.batch < 1:
         fail(f"--n {args.n}, --steps {args.steps}, --batch {args.batch}: each must be at least 1")
+    if args.seed < 0:
+        fail(f"--seed {args.seed}: must be at least 0")
     if not 0 <= args.gamma <= 1:
         fail(f"--gamma {args.gamma}: must be from 0 to 1")
     if not classes and (args.guidance != 1 or args.label):
@@ -189,10 +207,17 @@ def main(argv=None):
         dist.barrier()
         dist.destroy_process_group()
     if rank == 0:
-        pictures = np.stack([np.asarray(Image.open(out / f"{i:06d}.png")) for i in range(args.n)])
-        np.savez(out / "samples.npz", arr_0=pictures)       # (N, H, W, 3) uint8: for FID evaluators
+        # samples.npz, for FID evaluators: arr_0 (N, H, W, 3) uint8, written picture by picture.
+        picture = lambda i: np.asarray(Image.open(out / f"{i:06d}.png"))
+        header = dict(descr="|u1", fortran_order=False, shape=(args.n, *picture(0).shape))
+        with zipfile.ZipFile(out / "samples.npz", "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                for i in range(args.n):
+                    file.write(picture(i).tobytes())
         columns = len(wanted) if 1 < len(wanted) <= 12 else max(1, round(min(args.n, 100) ** .5))
-        grid(pictures[:10 * columns], columns).save(out / "grid.png")
+        shown = range(min(args.n, 10 * columns))
+        grid([picture(i) for i in shown], columns).save(out / "grid.png")
         print(f"{args.n} pictures from {ckpt} (step {saved['step']}) in {out}/: "
               "grid.png, 000000.png ..., samples.npz")
 

@@ -126,7 +126,7 @@ def main():
           "shifted to 256": (logsnr_shifted(t, 512, 256), "#1f5fa8"),
           "shifted to 32": (logsnr_shifted(t, 512, 32), "#b3401f"),
           "interpolated 32 to 256": (logsnr_interpolated(t, 512), "#2c8a4b")},
-         (480, 360), (-20, 20), "logsnr over t, 512 x 512").save("assets/figure5.png")
+         (480, 360), (-25, 25), "logsnr over t, 512 x 512").save("assets/figure5.png")
     print("assets/figure3.png and assets/figure5.png")
 
 

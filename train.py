@@ -15,8 +15,10 @@ import json
 import os
 import re
 import time
+import zipfile
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -27,7 +29,8 @@ from tqdm import tqdm
 
 from data import Flowers, Pictures
 from loss import diffusion_loss
-from sample import fail, grid, pick_device, picture_noise, sample, seed_of, to_uint8
+from sample import (DROPOUT, TRAINING, fail, grid, pick_device, picture_noise, sample, seed_of,
+                    to_uint8)
 from schedule import logsnr_schedule
 from uvit import PRESETS, UViT, wavelet_levels, unet_levels
 
@@ -41,8 +44,8 @@ class Config:
     # Network (uvit.py)
     model: str = ""             # tiny, small, base, paper; empty (res): tiny to 64, base above
     patch: str = "dwt"          # dwt, conv or none: how a large picture becomes a 128 x 128 map
-    dropout: float = -1         # in the blocks named below; -1: the model's own
-    dropout_res: int = 16       # dropout in the blocks whose maps are at most this large
+    dropout: float = -1         # of the transformer; -1: the model's own
+    dropout_res: int = 16       # also in convolutions on maps of at most this side
     # Schedule and loss (schedule.py, loss.py)
     schedule: str = "shifted"   # cosine, shifted or interpolated
     noise_d: int = 32           # size at which the picture would have the cosine schedule's noise
@@ -69,14 +72,16 @@ class Config:
     save_every: int = 250       # steps between checkpoints
 
 
-TRAINING = {    # `paper` is the paper's; the others are ours, for smaller machines
+DEFAULTS = {    # `paper` is the paper's; the others are ours, for smaller machines
     "tiny":  dict(batch=32,   steps=1_500,   lr=2e-3, warmup=100),
     "small": dict(batch=64,   steps=50_000,  lr=4e-4, warmup=1_000),
     "base":  dict(batch=256,  steps=300_000, lr=2e-4, warmup=5_000),
     "paper": dict(batch=2048, steps=500_000, lr=1e-4, warmup=10_000),
 }
-MAY_CHANGE = {"steps", "accum", "out", "compile", "bf16", "workers", "log_every", "sample_every",
-              "save_every"}     # on resume; all else is refused
+MAY_CHANGE = {"data", "steps", "accum", "out", "compile", "bf16", "workers", "log_every",
+              "sample_every", "save_every"}     # on resume; all else is refused
+AT_LEAST = dict(batch=0, accum=1, steps=0, lr=0, warmup=0, clip=0, ema=0, seed=0, noise_d=1,
+                drop_label=0, log_every=1, sample_every=0, save_every=1, dropout_res=0)
 NOISE_LEVELS = 8                # times at which the loss by noise level is measured
 REPORT_STEPS = 50               # network calls for a picture of the grid
 EXPECT = """What to expect of flowers at 64 x 64: a loss of 0.25 at the start and under 0.05 at step
@@ -104,15 +109,21 @@ def parse_config(argv=None):
         if getattr(config, name) not in values:
             wanted = ", ".join(filter(None, values))
             fail(f"--{name} {getattr(config, name)}: must be one of {wanted}")
+    for name, least in AT_LEAST.items():
+        if getattr(config, name) < least:
+            fail(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}")
+    for name in ("ema", "drop_label", "dropout"):
+        if getattr(config, name) >= 1:
+            fail(f"--{name.replace('_', '-')} {getattr(config, name)}: must be below 1")
     step = 2 ** (wavelet_levels(max(config.res, 1)) + unet_levels(max(config.res, 1)))
     if config.res < 16 or config.res % step:
         near = max(16, round(config.res / step) * step)
         fail(f"--res {config.res}: must be at least 16 and, at this size, a multiple of {step}, "
              f"for example {near}")
-    for name, value in TRAINING[config.model].items():
+    for name, value in DEFAULTS[config.model].items():
         setattr(config, name, getattr(config, name) or value)
     config.multiscale = config.multiscale or ("on" if config.res >= 512 else "off")
-    name = Path(config.data).stem or "flowers"
+    name = Path(config.data).resolve().stem if config.data else "flowers"
     config.out = config.out or f"runs/{name}-{config.res}-{config.model}"
     return config
 
@@ -123,7 +134,7 @@ def draw_noise(seed, first, count, res, device):
     """
     generator, t, eps, u = torch.Generator(device), [], [], []
     for n in range(first, first + count):
-        generator.manual_seed(seed_of(seed, n))
+        generator.manual_seed(seed_of(TRAINING, seed, n))
         t.append(torch.rand((), generator=generator, device=device))
         u.append(torch.rand((), generator=generator, device=device))
         eps.append(torch.randn(3, res, res, generator=generator, device=device))
@@ -164,9 +175,10 @@ def main(argv=None):
         fail(f"--batch {config.batch}: must be a multiple of ranks x accum, {world * config.accum}")
     micro = config.batch // (world * config.accum)
     if ddp:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        # Half an hour, since the ranks wait while the first one saves.
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
     bf16 = config.bf16 == "on" if config.bf16 else has_bf16
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = bf16
     autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
 
     # -- pictures
@@ -175,10 +187,11 @@ def main(argv=None):
         if config.data:
             dataset = Pictures(config.data, config.res, config.seed, config.flip)
         report_x, report_label, _ = collate([dataset[n] for n in range(16)])    # can any be read?
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
         fail(str(error))
-    if config.data and len(dataset.names) < config.batch:
-        fail(f"--data {config.data}: {len(dataset.names)} pictures are fewer than --batch "
+    pictures = len(dataset.names) if config.data else 0
+    if config.data and pictures < config.batch:
+        fail(f"--data {config.data}: {pictures} pictures are fewer than --batch "
              f"{config.batch}; add pictures or lower --batch")
     classes = len(dataset.classes)
 
@@ -194,15 +207,24 @@ def main(argv=None):
     out, start, seconds = Path(config.out), 0, 0.0
     checkpoints = sorted(out.glob("ckpt-*.pt"))
     if checkpoints:
-        saved = torch.load(checkpoints[-1], map_location=device, weights_only=True)
+        saved = torch.load(checkpoints[-1], map_location="cpu", weights_only=True)
         for name, was in saved["config"].items():
             if name not in MAY_CHANGE and getattr(config, name) != was:
                 fail(f"{out} was started with --{name.replace('_', '-')} {was}, now "
                      f"{getattr(config, name)}: go back to that, or give a new --out")
+        if (saved["classes"], saved["pictures"]) != (dataset.classes, pictures):
+            fail(f"{out} was started with {saved['pictures']} pictures in {len(saved['classes'])} "
+                 f"classes, now {pictures} in {classes}: put them back, or give a new --out")
         model.load_state_dict(saved["model"])
         ema.load_state_dict(saved["ema"])
         optimizer.load_state_dict(saved["optimizer"])
         start, seconds = saved["step"], saved["seconds"]
+        del saved
+    if ddp:
+        starts = [None] * world
+        dist.all_gather_object(starts, start)
+        if len(set(starts)) > 1:
+            fail(f"the ranks would start at steps {starts}: {out} must be one folder for all nodes")
     if start >= config.steps:
         if master:
             print(f"{out} is at step {start} of {config.steps}: done. "
@@ -257,30 +279,30 @@ def main(argv=None):
     def report():
         """Loss of the EMA by noise level, and on rank 0 its pictures: the same noise each time."""
         times = (torch.arange(NOISE_LEVELS, device=device) + .5) / NOISE_LEVELS
-        mine, pictures, parts = range(rank, shown, world), [], [None] * world
+        mine, drawn, parts = range(rank, shown, world), [], [None] * world
         label = torch.tensor([i % classes for i in mine], device=device) if classes else None
         with autocast:
             losses = [diffusion_loss(ema, report_x, t.expand(len(report_x)), report_eps, logsnr,
                                      report_label).item() for t in times]
             if mine:
                 noise = picture_noise(config.seed, mine, config.res, device)
-                pictures = to_uint8(sample(ema, logsnr, noise, REPORT_STEPS, label, bar=master))
+                drawn = to_uint8(sample(ema, logsnr, noise, REPORT_STEPS, label, bar=master))
         if ddp:
-            dist.gather_object(pictures, parts if master else None)
+            dist.gather_object(drawn, parts if master else None)
         else:
-            parts = [pictures]
+            parts = [drawn]
         return losses, [parts[i % world][i // world] for i in range(shown)] if master else None
 
     # -- loop
     model.train()
     multiscale = config.multiscale == "on"
     bar = tqdm(total=config.steps, initial=start, disable=not master, unit="step")
-    total, skipped, in_a_row = torch.zeros(3, device=device).unbind()
+    total, skipped, in_a_row, longest = (torch.zeros((), device=device) for _ in range(4))
     known_broken, clock, last = set(), time.time(), start
     for step in range(start, config.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1, (step + 1) / config.warmup)
-        torch.manual_seed(seed_of(config.seed, step, rank))     # dropout
+        torch.manual_seed(seed_of(DROPOUT, config.seed, step, rank))
 
         for part in range(config.accum):
             x, label, broken = next(loader)
@@ -302,22 +324,25 @@ def main(argv=None):
         optimizer.found_inf = (~norm.isfinite()).float()
         skipped += optimizer.found_inf
         in_a_row = (in_a_row + 1) * optimizer.found_inf
-        optimizer.step()
+        longest = torch.maximum(longest, in_a_row)
+        if device.type != "mps" or not optimizer.found_inf:     # whose AdamW does not look
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()),
-                             1 - ema_decay(step, config.ema))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()),
+                                 1 - ema_decay(step, config.ema))
         bar.update()
 
         done = step + 1
         if done % config.log_every == 0 or done == config.steps:
             if ddp:
                 dist.all_reduce(total)
+            mean = total.item() / world / (done - last)     # waits for the GPU: before the clock
             took = time.time() - clock
             seconds = round(seconds + took, 1)
             images_s = round((done - last) * config.batch / took, 1)
-            mean = total.item() / world / (done - last)
-            if in_a_row >= 10:
-                fail(f"step {done}: {int(in_a_row)} gradients in a row were not finite; the last "
+            if longest >= 10:
+                fail(f"step {done}: {int(longest)} gradients in a row were not finite; the last "
                      f"good checkpoint is in {out}, try a lower --lr")
             if master:
                 bar.set_postfix(loss=f"{mean:.4f}", images_s=images_s)
@@ -327,19 +352,20 @@ def main(argv=None):
             total.zero_()
             clock, last = time.time(), done
         if config.sample_every and (done % config.sample_every == 0 or done == config.steps):
-            losses, pictures = report()
+            losses, drawn = report()
             if master:
                 log.write(json.dumps(dict(step=done, loss_by_noise_level=losses)) + "\n")
                 tqdm.write(f"step {done}: loss from clean to noisy "
                            + " ".join(f"{loss:.4f}" for loss in losses))
-                grid(pictures, columns).save(out / f"grid-{done:07d}.png")
-                grid(pictures, columns).save(out / "grid.png")
+                grid(drawn, columns).save(out / f"grid-{done:07d}.png")
+                grid(drawn, columns).save(out / "grid.png")
         if master and (done % config.save_every == 0 or done == config.steps):
             content = dict(config=vars(config), classes=dataset.classes, step=done,
                            ema=ema.state_dict())
+            save(out / "model.pt", content)     # first: a run whose last checkpoint stands is done
             save(out / f"ckpt-{done:08d}.pt", content | dict(
-                seconds=seconds, model=model.state_dict(), optimizer=optimizer.state_dict()))
-            save(out / "model.pt", content)
+                pictures=pictures, seconds=seconds, model=model.state_dict(),
+                optimizer=optimizer.state_dict()))
             for old in sorted(out.glob("ckpt-*.pt"))[:-2]:
                 old.unlink()
     bar.close()
@@ -350,4 +376,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("stopped: the same command goes on from the last checkpoint")

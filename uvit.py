@@ -131,8 +131,7 @@ class UViT(nn.Module):
     widths, blocks, depth, head, emb, dropout: a row of PRESETS; classes: 0 for an unconditional
     model, else label is in [0, classes], `classes` itself being the null class (also label=None);
     patch: "dwt", "conv" (strided and transposed convolution) or "none" (full-size top level);
-    dropout_res: dropout acts in the blocks whose maps are at most this large, by default only in
-    the transformer.
+    dropout_res: dropout acts in the transformer, and in ResBlocks on maps of at most this side.
     """
 
     def __init__(self, res, widths, blocks, depth, head, emb, dropout=0.0, classes=0, patch="dwt",
