@@ -1,4 +1,4 @@
-"""A real data set that fits in 20 MB: 3,391 emoji of 256 x 256, sorted into one folder per group.
+"""A real data set that fits in 20 MB: 3,374 emoji of 256 x 256, sorted into one folder per group.
 
     npm pack @lobehub/fluent-emoji-3d openmoji
     python benchmarks/emoji.py lobehub-fluent-emoji-3d-*.tgz openmoji-*.tgz emoji
