@@ -1,7 +1,10 @@
-"""Breaks the formulas one at a time and shows that the tests notice: `python benchmarks/mutants.py`.
+"""Breaks the formulas one at a time and shows that the tests notice.
 
-Each row is one wrong sign, factor, argument or index in schedule.py, wavelet.py, loss.py, the samplers
-or the network. A row that ends in SURVIVED is a formula no test guards; the exit code counts them.
+    python benchmarks/mutants.py              schedule, wavelet, losses, samplers, network
+    python benchmarks/mutants.py trainer      the trainer and the loader
+
+Each row is one wrong sign, factor, argument or index, and the first test that it turns red. A row that
+ends in SURVIVED is a formula no test guards; the exit code counts them.
 """
 import re
 import shutil
@@ -112,12 +115,38 @@ MUTANTS = [     # file, what stands there (once), what is put in its place
     ("uvit.py", "math.ceil(math.log2(res / 128))", "math.ceil(math.log2(res / 256))"),
 ]
 
+TRAINER_MUTANTS = [     # and the tests that may notice, since these take longer
+    ("train.py", "diffusion_loss(net, x, t, eps, logsnr, label, config.loss, multiscale)", "diffusion_loss(model, x, t, eps, logsnr, label, config.loss, multiscale)", "ranks"),
+    ("train.py", "yield range(first, first + micro)", "yield range(step * config.batch, step * config.batch + micro)", "accumulation"),
+    ("train.py", "draw_noise(config.seed, first, micro, config.res, device)", "draw_noise(config.seed, step, micro, config.res, device)", "ranks or accumulation"),
+    ("train.py", "(loss / config.accum).backward()", "loss.backward()", "accumulation"),
+    ("train.py", "optimizer.load_state_dict(saved[\"optimizer\"])", "pass", "killed"),
+    ("train.py", "ema.load_state_dict(saved[\"ema\"])", "pass", "killed"),
+    ("train.py", "seed_of(DROPOUT, config.seed, step, rank)", "seed_of(DROPOUT, config.seed, step - start, rank)", "killed"),
+    ("train.py", "for step in range(start, config.steps):\n            for part", "for step in range(config.steps):\n            for part", "killed"),
+    ("train.py", "updates / (9 + updates)", "(1 + updates) / (10 + updates)", "ema_equals"),
+    ("train.py", "1 - ema_decay(step, config.ema)", "ema_decay(step, config.ema)", "ema_equals"),
+    ("train.py", "betas=(0.9, 0.99)", "betas=(0.9, 0.999)", "first_step"),
+    ("train.py", "min(1, (step + 1) / config.warmup)", "min(1, (step + 2) / config.warmup)", "first_step"),
+    ("train.py", "clip_grad_norm_(model.parameters(), config.clip)", "clip_grad_norm_(model.parameters(), 1e9)", "first_step"),
+    ("train.py", "(~norm.isfinite()).float()", "(~norm.isfinite()).float() * 0", "finite"),
+    ("train.py", "if longest >= 10", "if longest >= 100", "finite"),
+    ("train.py", "torch.where(u < config.drop_label, classes, label)", "torch.where(u > config.drop_label, classes, label)", "dropped"),
+    ("train.py", "        with torch.no_grad():\n            torch._foreach", "        if True:\n            torch._foreach", "graph_behind"),
+    ("data.py", "divmod(n, len(self.names))", "divmod(n + 1, len(self.names) + 1)", "epoch"),
+    ("data.py", "default_rng((2, self.seed, n))", "default_rng((2, self.seed, 0))", "flip or crop"),
+    ("data.py", "crop = crop[:, ::-1]", "crop = crop[::-1]", "flip"),
+    ("data.py", "self.order[1][(place + k) % len(self.names)]", "self.order[1][(place + k) % 2]", "epoch"),
+    ("sample.py", "TRAINING, SAMPLING, DROPOUT = 1, 2, 3", "TRAINING, SAMPLING, DROPOUT = 1, 1, 1", "streams"),
+]
 
-def main():
+
+def main(mutants):
     survived = 0
-    control = subprocess.run([*PYTEST, "-k", TESTS], cwd=HERE, capture_output=True, text=True)
+    tests = " or ".join({tests for *_, tests in mutants})
+    control = subprocess.run([*PYTEST, "-k", tests], cwd=HERE, capture_output=True, text=True)
     assert control.returncode == 0, f"the tests must pass on what is not mutated:\n{control.stdout}"
-    for file, old, new in MUTANTS:
+    for file, old, new, tests in mutants:
         with tempfile.TemporaryDirectory() as folder:
             for source in HERE.glob("*.py"):
                 shutil.copy(source, folder)
@@ -125,13 +154,14 @@ def main():
             text = target.read_text()
             assert text.count(old) == 1, f"{file}: {old!r} stands {text.count(old)} times"
             target.write_text(text.replace(old, new))
-            run = subprocess.run([*PYTEST, "-k", TESTS], cwd=folder, capture_output=True, text=True)
+            run = subprocess.run([*PYTEST, "-k", tests], cwd=folder, capture_output=True, text=True)
         red = re.search(r"FAILED test_all.py::(\S+)", run.stdout)
         survived += red is None
         print(f"{file:12s} {old.strip()!r} -> {new.strip()!r}: {red[1] if red else 'SURVIVED'}", flush=True)
-    print(f"{len(MUTANTS)} mutants, {len(MUTANTS) - survived} killed, {survived} survived")
+    print(f"{len(mutants)} mutants, {len(mutants) - survived} killed, {survived} survived")
     return survived
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    trainer = sys.argv[1:] == ["trainer"]
+    sys.exit(main(TRAINER_MUTANTS if trainer else [(*mutant, TESTS) for mutant in MUTANTS]))
