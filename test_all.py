@@ -889,6 +889,7 @@ def test_killed_and_resumed_equals_unbroken_to_the_last_bit(tmp_path, launcher):
     assert last_checkpoint(tmp_path / "killed")["step"] < 10
     output = run_script(*launcher, "train.py", *flags, "--out", tmp_path / "killed")
     assert re.search(r"steps (\d+) to 10", output)[1] in "4 6 8"
+    assert "done" in run_script(*launcher, "train.py", *flags, "--out", tmp_path / "killed")     # and once more
     first, second = last_checkpoint(tmp_path / "unbroken"), last_checkpoint(tmp_path / "killed")
     for part in ("step", "model", "ema", "optimizer"):
         assert_same_bits(first[part], second[part])

@@ -107,15 +107,14 @@ class Embedding(nn.Module):
 
     def __init__(self, emb, classes):
         super().__init__()
-        self.classes = classes
-        # Sinusoids over logsnr with periods from 1 to 100: the schedule spans 30.
-        freqs = 2 * math.pi / torch.logspace(0, 2, emb // 2)
-        self.register_buffer("freqs", freqs, persistent=False)
+        self.emb, self.classes = emb, classes
         self.linear_in, self.linear_out = nn.Linear(2 * (emb // 2), emb), nn.Linear(emb, emb)
         self.label = nn.Embedding(classes + 1, emb) if classes else None    # the last row: no class
 
     def forward(self, logsnr, label):
-        angle = logsnr[:, None] * self.freqs
+        # Sinusoids over logsnr with periods from 1 to 100: the schedule spans 30.
+        periods = torch.logspace(0, 2, self.emb // 2, device=logsnr.device)
+        angle = 2 * math.pi * logsnr[:, None] / periods
         h = self.linear_out(F.silu(self.linear_in(torch.cat([angle.sin(), angle.cos()], 1))))
         if self.label is not None:
             if label is None:

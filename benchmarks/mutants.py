@@ -108,7 +108,7 @@ MUTANTS = [     # file, what stands there (once), what is put in its place
     ("uvit.py", "h = h + self.position", "h = h + 0"),
     ("uvit.py", "0.01 * torch.randn", "torch.randn"),
     ("uvit.py", "nn.AvgPool2d(2)", "nn.MaxPool2d(2)"),
-    ("uvit.py", "torch.logspace(0, 2, emb // 2)", "torch.logspace(0, 3, emb // 2)"),
+    ("uvit.py", "torch.logspace(0, 2, self.emb", "torch.logspace(0, 3, self.emb"),
     ("uvit.py", "h = h + self.label(label)", "h = h + 0"),
     ("uvit.py", "if size <= dropout_res", "if size < dropout_res"),
     ("uvit.py", "self.project_out = zero(nn.Conv2d", "self.project_out = (nn.Conv2d"),
