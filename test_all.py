@@ -741,6 +741,11 @@ def test_first_level_folders_are_classes_in_a_folder_and_in_a_zip(tmp_path):
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
         for file in (tmp_path / "set").rglob("*.png"):
             archive.write(file, file.relative_to(tmp_path / "set"))
+    with zipfile.ZipFile(tmp_path / "wrapped.zip", "w") as archive:         # as file managers make them: the folder itself inside
+        archive.writestr("__MACOSX/set/a/._0.png", "not a picture")
+        for file in (tmp_path / "set").rglob("*.png"):
+            archive.write(file, file.relative_to(tmp_path))
+    assert data.Pictures(tmp_path / "wrapped.zip", 32).classes == ["a", "b"]
     folder, archive = data.Pictures(tmp_path / "set", 32), data.Pictures(tmp_path / "set.zip", 32)
     assert folder.classes == archive.classes == ["a", "b"] and folder.labels == archive.labels == [0] * 4 + [1] * 4
     for n in range(16):

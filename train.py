@@ -84,8 +84,8 @@ AT_LEAST = dict(batch=0, accum=1, steps=0, lr=0, warmup=0, clip=0, ema=0, seed=0
                 drop_label=0, log_every=1, sample_every=0, save_every=1, dropout_res=0)
 NOISE_LEVELS = 8                # times at which the loss by noise level is measured
 REPORT_STEPS = 50               # network calls for a picture of the grid
-EXPECT = """What to expect of flowers at 64 x 64: a loss of 0.25 at the start, about 0.05 at step
-250, when the grid shows coloured blobs, and 0.03 at step 1,500: flowers with petals, soft at the edges.
+EXPECT = """What to expect of flowers at 64 x 64: a loss of 0.25 at the start, 0.05 at step 250 (the
+grid shows coloured blobs), 0.03 at step 1,500 (flowers with petals, still soft at the edges).
 The 1,500 steps took 16 minutes on two CPU cores."""
 
 
@@ -236,7 +236,7 @@ def main(argv=None):
     if config.compile == "on" or (not config.compile and cuda):
         model.compile()
     if ddp:
-        net = DDP(model, device_ids=[device.index] if cuda else None, gradient_as_bucket_view=True)
+        net = DDP(model, [device.index] if cuda else None, gradient_as_bucket_view=True)
 
     # -- what is about to happen
     if master:
