@@ -87,8 +87,8 @@ TRAINING, SAMPLING, DROPOUT = 1, 2, 3
 
 def seed_of(purpose, *key):
     """A mixed seed from whole numbers, e.g. (TRAINING, seed, picture); CPUs use 32 bits of it."""
-    key = purpose, *key
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    mixed = np.random.SeedSequence((purpose, *key)).generate_state(1, np.uint64)
+    return int(mixed[0] >> np.uint64(1))
 
 
 def picture_noise(seed, indices, res, device):

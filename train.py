@@ -5,7 +5,7 @@
 
 Picture n of the run (n = step * batch + its place in the batch), its crop, its t and its noise are
 functions of (seed, n). So ranks, accumulation and kills do not change what is learned: N ranks sum
-the same gradient as one, and a resumed run is the unbroken run.
+the same gradient as one (but for the masks of dropout), and a resumed run is the unbroken run.
 """
 import argparse
 import copy
