@@ -4,9 +4,12 @@ A dataset is indexed by n, the running number of a picture in training: `dataset
 of (seed, n) alone, so that any rank, worker or resumed run sees in step k exactly the pictures it
 should. `classes` lists the class names ([] if there are none); a label of len(classes) means none.
 
-    dataset[n] -> x: (3, res, res) float32 in [-1, 1], label: int, broken: [str], files it skipped
+    dataset[n] -> x: (3, res, res) float32 in [-1, 1], label: int, broken: {file it skipped: why}
 """
+import io
 import os
+import stat
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -15,7 +18,9 @@ import torch
 from PIL import Image, ImageOps
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]  # by content; no PostScript
 CACHE_BYTES = 1 << 28                       # decoded pictures kept in memory, per process
+MAX_PIXELS, MAX_BYTES = 1 << 26, 1 << 29    # of one picture, of one file: else memory has no bound
 
 
 # ---------------------------------------------------------------------------- the built-in flowers
@@ -102,6 +107,7 @@ class Flowers:
     """Endless flowers: class c has c + 3 petals. Indexing: see the module's docstring."""
 
     classes = [f"{k} petals" for k in range(3, 13)]
+    names, broken = [], {}
 
     def __init__(self, res, seed=0):
         self.res, self.seed = res, seed
@@ -110,16 +116,24 @@ class Flowers:
         rng = np.random.default_rng((self.seed, n))
         label = int(rng.integers(len(self.classes)))
         picture, _ = draw_flower(rng, label + 3, self.res)
-        return torch.from_numpy(picture).permute(2, 0, 1) * 2 - 1, label, []
+        return torch.from_numpy(picture).permute(2, 0, 1) * 2 - 1, label, {}
 
 
 # ---------------------------------------------------------------------------- real pictures
 
 def to_rgb(image):
-    """Any picture PIL reads -> RGB, 8 bit: EXIF turn, transparency over white, 16 bit scaled."""
+    """Any picture PIL reads -> RGB, 8 bit: EXIF turn, transparency over white, 16 bit scaled.
+
+    Floats are taken to end at 1, 255 or 65535, the first that none exceeds.
+    """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):          # 16 bit: PIL's own convert would clip it
-        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+        deep = np.asarray(image, np.int32).clip(0, 65535)
+        image = Image.fromarray(((deep + 128) // 257).astype(np.uint8))
+    elif image.mode == "F":
+        deep = np.nan_to_num(np.asarray(image), nan=0, posinf=0, neginf=0)
+        top = 1 if deep.max() <= 1 else 255 if deep.max() <= 255 else 65535
+        image = Image.fromarray((deep.clip(0, top) * (255 / top)).round().astype(np.uint8))
     if image.mode in ("LA", "PA", "La", "RGBa", "RGBA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -127,41 +141,65 @@ def to_rgb(image):
 
 
 def shorter_side_to(image, res):
-    """RGB picture -> the same with its shorter side res pixels long."""
+    """RGB picture -> the same with its shorter side res pixels long. Raises ValueError if huge."""
     scale = res / min(image.size)
     size = [max(res, round(side * scale)) for side in image.size]
+    if size[0] * size[1] > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels are too long and thin")
     return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+
+
+def printable(text):
+    """One line for a terminal, whatever a file is named: é stays, line breaks become \\n."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
+                   for c in text)
 
 
 class Pictures:
     """A folder (walked recursively, links followed) or zip; first-level folders are the classes.
 
     An epoch is a permutation of all files by (seed, epoch). A file that cannot be read is skipped,
-    the next one of the epoch taking its place.
-    Raises ValueError if there is nothing to read, or no file can be read.
+    the next one of the epoch taking its place, and noted in `broken`, {name: why}. Once these are
+    more than half of all files, the pictures come out grey: it is for the caller to stop.
+    Raises ValueError if there is nothing to read.
     """
 
     def __init__(self, path, res, seed=0, flip=True):
         self.path, self.res, self.seed, self.flip = str(path), res, seed, flip
-        is_zip = zipfile.is_zipfile(self.path)
-        self.names = sorted(self.zip_names() if is_zip else self.folder_names())
-        if not self.names:
-            raise ValueError(f"--data {self.path}: no picture there ({' '.join(sorted(ENDINGS))})")
-        # A zip of one folder is that folder: what all names begin with says nothing.
-        root = os.path.commonpath([Path(name).parent.as_posix() for name in self.names])
-        skip = len(Path(root).parts) if is_zip else 0
-        folders = [(Path(name).parent.parts[skip:] or (None,))[0] for name in self.names]
-        self.classes = sorted(set(folders) - {None})
-        number = {folder: i for i, folder in enumerate([*self.classes, None])}
-        self.labels = [number[folder] for folder in folders]
         self.cache, self.cached, self.zip, self.order = {}, 0, None, (None, None)
+        self.broken = {}
+        self.is_folder = os.path.isdir(self.path)
+        try:
+            self.names = sorted(self.folder_names() if self.is_folder else self.zip_names())
+        except FileNotFoundError:
+            raise ValueError(f"--data {self.path}: no such folder or .zip")
+        except Exception as error:          # whatever a damaged zip, or one that is none, brings up
+            raise ValueError(f"--data {self.path}: neither a folder nor a .zip that can be read "
+                             f"({printable(str(error))})")
+        if not self.names:
+            why = "; ".join(self.broken.values()) or " ".join(sorted(ENDINGS))
+            raise ValueError(f"--data {self.path}: no picture there ({why})")
+        folders = [[part for part in name.split("/")[:-1] if part not in ("", ".", "..")]
+                   for name in self.names]
+        # A zip of one folder is that folder: what all names begin with says nothing.
+        skip = 0 if self.is_folder else len(os.path.commonprefix(folders))
+        first = [(folder[skip:] or [None])[0] for folder in folders]
+        self.classes = sorted(set(first) - {None})
+        number = {folder: i for i, folder in enumerate([*self.classes, None])}
+        self.labels = [number[folder] for folder in first]
 
     def __getstate__(self):                 # to a worker process: open files and memory stay here
         return self.__dict__ | dict(zip=None, cache={}, cached=0)
 
+    def note(self, name, error):
+        why = f"{type(error).__name__}: {printable(str(error))}"[:200]
+        self.broken[printable(name)] = why
+        return {printable(name): why}
+
     def folder_names(self):
         seen = set()
-        for folder, folders, files in os.walk(self.path, followlinks=True):
+        unread = lambda error: self.note(os.path.relpath(error.filename, self.path), error)
+        for folder, folders, files in os.walk(self.path, onerror=unread, followlinks=True):
             real = os.path.realpath(folder)
             if real in seen:                # a link in a circle, or a second one to the same folder
                 folders.clear()
@@ -173,50 +211,65 @@ class Pictures:
                     yield Path(folder, file).relative_to(self.path).as_posix()
 
     def zip_names(self):
-        for name in zipfile.ZipFile(self.path).namelist():
-            hidden = any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
-            if Path(name).suffix.lower() in ENDINGS and not hidden:
-                yield name
+        with zipfile.ZipFile(self.path) as archive:
+            for name in set(archive.namelist()):
+                hidden = any(part.startswith((".", "__MACOSX")) for part in name.split("/")
+                             if part not in (".", ".."))
+                if Path(name).suffix.lower() in ENDINGS and name[-1] != "/" and not hidden:
+                    yield name
 
-    def open(self, name):
-        """One file -> RGB picture with its shorter side at res."""
-        if os.path.isdir(self.path):
-            file = os.path.join(self.path, name)
-        else:
+    def file(self, name):
+        """Name -> what PIL can open: a path, or a zip's bytes. Raises ValueError if unfit."""
+        if not self.is_folder:
             if self.zip is None or self.zip[0] != os.getpid():  # a forked worker opens its own
                 self.zip = os.getpid(), zipfile.ZipFile(self.path)
-            file = self.zip[1].open(name)
-        with Image.open(file) as image:
-            image.draft("RGB", (2 * self.res, 2 * self.res))    # JPEG: decode no larger than needed
-            return shorter_side_to(to_rgb(image), self.res)
+            file, size = None, self.zip[1].getinfo(name).file_size
+        else:
+            file = os.path.join(self.path, name)
+            status = os.stat(file)
+            if not stat.S_ISREG(status.st_mode):                # a pipe would wait for ever
+                raise ValueError("not a file")
+            size = status.st_size
+        if size > MAX_BYTES:
+            raise ValueError(f"{size} bytes are too many")
+        return file or io.BytesIO(self.zip[1].read(name))
+
+    def open(self, name):
+        """One file -> RGB picture with its shorter side at res. Raises what is wrong with it."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                     # damage that PIL can live with
+            with Image.open(self.file(name), formats=FORMATS) as image:
+                image.draft("RGB", (2 * self.res, 2 * self.res))    # JPEG: decode what is needed
+                if image.width * image.height > MAX_PIXELS:
+                    raise ValueError(f"{image.width} x {image.height} pixels are too many")
+                return shorter_side_to(to_rgb(image), self.res)
 
     def picture(self, i):
-        """File i -> (H, W, 3) uint8, None (kept in memory); or None, reason if it is broken."""
+        """File i -> (H, W, 3) uint8, {} (kept in memory); or None, {name: why} if it is broken."""
         if i not in self.cache:
             try:
-                pixels, reason = np.asarray(self.open(self.names[i])), None
-            except Exception as e:          # whatever PIL or the disk raises: the run must go on
-                pixels, reason = None, f"{self.names[i]}: {type(e).__name__}: {e}"
-            if pixels is None or self.cached + pixels.nbytes > CACHE_BYTES:
-                return pixels, reason
-            self.cache[i], self.cached = (pixels, reason), self.cached + pixels.nbytes
-        return self.cache[i]
+                pixels = np.asarray(self.open(self.names[i]))
+            except Exception as error:      # whatever PIL or the disk raises: the run must go on
+                return None, self.note(self.names[i], error)
+            if self.cached + pixels.nbytes > CACHE_BYTES:
+                return pixels, {}
+            self.cache[i], self.cached = pixels, self.cached + pixels.nbytes
+        return self.cache[i], {}
 
     def __getitem__(self, n):
         epoch, place = divmod(n, len(self.names))
         if self.order[0] != epoch:
             rng = np.random.default_rng((1, self.seed, epoch))
             self.order = epoch, rng.permutation(len(self.names))
-        rng, broken = np.random.default_rng((2, self.seed, n)), []
+        rng, broken = np.random.default_rng((2, self.seed, n)), {}
         for k in range(len(self.names)):
             i = self.order[1][(place + k) % len(self.names)]
-            pixels, reason = self.picture(i)
-            if reason is None:
+            pixels, why = self.picture(i)
+            broken |= why
+            if pixels is not None or 2 * len(self.broken) > len(self.names):
                 break
-            broken.append(reason)
-        else:
-            raise ValueError(f"--data {self.path}: none of {len(self.names)} pictures can be read; "
-                             f"{broken[0]}")
+        if pixels is None:
+            return torch.zeros(3, self.res, self.res), 0, broken
         top, left = (rng.integers(0, side - self.res + 1) for side in pixels.shape[:2])
         crop = pixels[top:top + self.res, left:left + self.res]
         if self.flip and rng.random() < .5:

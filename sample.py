@@ -4,10 +4,17 @@ From z at t = 1, unit noise, a uniform grid of t runs down to 0 in `steps` steps
 asks the network once for x_hat. The last step returns x_hat itself: N steps are N calls.
 """
 import argparse
+import difflib
 import glob
+import json
+import math
 import os
+import re
+import signal
 import sys
 import zipfile
+import zlib
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +23,7 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
+from checkpoint import lock, read, write
 from loss import x_from_v
 from schedule import alpha_sigma, logsnr_schedule
 from uvit import UViT
@@ -79,7 +87,7 @@ def sample(model, logsnr, noise, steps, label=None, sampler="ancestral", gamma=0
             z = ancestral_step(z, x_hat, logsnr_t, logsnr_s, gamma, noise())
 
 
-# ---------------------------------------------------------------------------- files and ranks
+# ---------------------------------------------------------------------------- seeds and pictures
 
 # What a seed is for: the first number of its key, so that no two streams are ever the same.
 TRAINING, SAMPLING, DROPOUT = 1, 2, 3
@@ -115,10 +123,41 @@ def grid(pictures, columns):
     return Image.fromarray(sheet)
 
 
-def fail(message):
-    """The user's input is wrong: one line, exit code 2, no traceback."""
-    print(message, file=sys.stderr, flush=True)
-    raise SystemExit(2)
+# ---------------------------------------------------------------------------- command line, ranks
+
+def fail(message, code=2, every_rank=False):
+    """End with one line and no traceback. Code 2: the input is wrong; 1: the world around is."""
+    if every_rank or os.environ.get("LOCAL_RANK", "0") == "0":      # once a node
+        print(message, file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line: the argument, the value, what would be right."""
+
+    def error(self, message):
+        message = re.sub(r"^argument (\S+): ", r"\1 ", message)
+        if message.startswith("unrecognized arguments"):
+            word = message.split(": ")[1].split()[0]
+            near = difflib.get_close_matches(word, self._option_string_actions, 1)
+            message = f"{word}: no such argument, {near[0] if near else '--help'} is one"
+        fail(message)
+
+
+def whole(text):
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number")
+
+
+def number(text):
+    try:
+        if math.isfinite(float(text)):
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text}: must be a finite number")
 
 
 def pick_device():
@@ -127,7 +166,7 @@ def pick_device():
     if torch.cuda.is_available() and os.environ.get("DEVICE") != "cpu":
         if local_rank >= torch.cuda.device_count():
             fail(f"rank {local_rank} has no GPU of its own: --nproc_per_node is at most "
-                 f"{torch.cuda.device_count()} here")
+                 f"{torch.cuda.device_count()} here", every_rank=True)
         torch.cuda.set_device(local_rank)
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.device("cuda", local_rank), has_bf16
@@ -137,62 +176,97 @@ def pick_device():
 
 
 def load_model(path, device):
-    """model.pt -> UViT with EMA weights, and the dict they came in: config, classes, step, ema."""
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    model = UViT.from_config(saved["config"], len(saved["classes"]))
-    model.load_state_dict(saved["ema"])
-    return model.to(device).eval().requires_grad_(False), saved
+    """model.pt -> UViT with EMA weights, and the dict they came in. Raises ValueError, one line."""
+    saved = read(path)
+    config = saved["config"]
+    try:
+        with torch.device("meta"):          # takes no memory, whatever the file asks for
+            model = UViT.from_config(config, len(saved["classes"]))
+        model.load_state_dict(saved["ema"], assign=True)
+        logsnr_schedule(config["schedule"], config["res"], config["noise_d"])
+    except Exception:
+        raise ValueError(f"{path}: its weights are not those of the network it describes")
+    return model.to(device, torch.float32).eval().requires_grad_(False), saved
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Draw pictures with a trained model.")
+    parser = Parser(description="Draw pictures with a trained model.", allow_abbrev=False)
     parser.add_argument("--ckpt", default="", help="model.pt of a run (default: the newest)")
-    parser.add_argument("--out", default="samples", help="folder for the pictures")
-    parser.add_argument("--n", type=int, default=16, help="how many")
-    parser.add_argument("--steps", type=int, default=128, help="network calls per picture")
+    parser.add_argument("--out", default="", help="folder for the pictures (default: samples)")
+    parser.add_argument("--n", type=whole, default=16, help="how many")
+    parser.add_argument("--steps", type=whole, default=128, help="network calls per picture")
     parser.add_argument("--sampler", choices=["ancestral", "ddim"], default="ancestral")
-    parser.add_argument("--gamma", type=float, default=0.2, help="variance, 0 to 1")
-    parser.add_argument("--guidance", type=float, default=1.0, help="1 + eta; 1 is off")
+    parser.add_argument("--gamma", type=number, default=0.2, help="variance, 0 to 1")
+    parser.add_argument("--guidance", type=number, default=1.0, help="1 + eta; 1 is off")
     parser.add_argument("--label", default="", help="a class, by name or number")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=16, help="pictures at a time")
+    parser.add_argument("--seed", type=whole, default=0)
+    parser.add_argument("--batch", type=whole, default=16, help="pictures at a time")
     args = parser.parse_args(argv)
 
+    for name, least in dict(n=1, steps=1, batch=1, seed=0, guidance=0, gamma=0).items():
+        if getattr(args, name) < least:
+            fail(f"--{name} {getattr(args, name)}: must be at least {least}")
+    if args.gamma > 1:
+        fail(f"--gamma {args.gamma}: must be at most 1")
     ckpt = args.ckpt or max(glob.glob("runs/*/model.pt"), key=os.path.getmtime, default="")
-    if not os.path.isfile(ckpt):
-        fail(f"--ckpt {ckpt}: no such file" if ckpt else
-             "no model.pt under runs/: train one first (python train.py) or name it (--ckpt)")
+    if not ckpt:
+        fail("no model.pt under runs/: train one first (python train.py) or name it (--ckpt)")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, bf16 = pick_device()
     try:
         model, saved = load_model(ckpt, device)
-    except Exception as error:
-        fail(f"--ckpt {ckpt}: not a model.pt of ours ({type(error).__name__})")
+    except ValueError as error:
+        fail(f"--ckpt {error}")
     config, classes = saved["config"], saved["classes"]
+    logsnr = logsnr_schedule(config["schedule"], config["res"], config["noise_d"])
 
-    if args.n < 1 or args.steps < 1 or args.batch < 1:
-        fail(f"--n {args.n}, --steps {args.steps}, --batch {args.batch}: each must be at least 1")
-    if args.seed < 0:
-        fail(f"--seed {args.seed}: must be at least 0")
-    if not 0 <= args.gamma <= 1:
-        fail(f"--gamma {args.gamma}: must be from 0 to 1")
     if not classes and (args.guidance != 1 or args.label):
-        fail(f"--guidance and --label need a model with classes; {ckpt} was trained without")
+        flag = f"--label {args.label}" if args.label else f"--guidance {args.guidance}"
+        fail(f"{flag}: needs a model with classes, and {ckpt} was trained without")
     if args.label in classes:
         wanted = [classes.index(args.label)]
     elif args.label:
-        if not args.label.isdigit() or int(args.label) >= len(classes):
-            fail(f"--label {args.label}: not one of 0 to {len(classes) - 1}: {', '.join(classes)}")
+        if not args.label.isdecimal() or int(args.label) >= len(classes):
+            fail(f"--label {args.label}: must be one of 0 to {len(classes) - 1}, or of "
+                 f"{', '.join(classes)}")
         wanted = [int(args.label)]
     else:
         wanted = range(len(classes))
 
-    # Fixed batches, batch k by rank k mod world: the same pictures on any number of ranks.
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    logsnr = logsnr_schedule(config["schedule"], config["res"], config["noise_d"])
-    for start in range(args.batch * rank, args.n, args.batch * world):
-        indices = range(start, min(start + args.batch, args.n))
+    # -- the folder: pictures of the same settings are kept, so that the same command goes on
+    out, pictures = Path(args.out or "samples"), [f"{i:06d}.png" for i in range(args.n)]
+    checksums = [info.CRC for info in zipfile.ZipFile(ckpt).infolist()]
+    settings = vars(args) | dict(ckpt=f"{zlib.crc32(repr(checksums).encode()):08x}", out="")
+    trouble = [None]                        # what rank 0 says to all
+    try:
+        if rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            held = lock(out / "settings.json")
+            text = (out / "settings.json").read_text()
+            was = json.loads(text) if text else dict(n=0)
+            strangers = not text and list(out.glob("[0-9]*.png"))
+            differ = [f"--{name} {was.get(name)}, now {value}" for name, value in settings.items()
+                      if was.get(name) != value]
+            if strangers or text and differ and args.out:
+                what = strangers[0].name if strangers else differ[0]
+                trouble = [f"--out {out}: holds other pictures ({what}): name another folder"]
+            elif differ:
+                for name in [f"{i:06d}.png" for i in range(was["n"])]:
+                    (out / name).unlink(missing_ok=True)
+                held.truncate(0)
+                held.write(json.dumps(settings).encode())
+            for part in out.glob("*.part"):
+                part.unlink()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        trouble = [f"--out {out}: cannot be used ({error}): name another folder"]
+    if world > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
+        dist.broadcast_object_list(trouble)
+    if trouble[0]:
+        fail(trouble[0])
+
+    # -- fixed batches, batch k by rank k mod world: the same pictures on any number of ranks
+    def save_pictures(indices):
         label = None
         if classes:
             label = torch.tensor([wanted[i % len(wanted)] for i in indices], device=device)
@@ -201,26 +275,42 @@ def main(argv=None):
             x = sample(model, logsnr, noise, args.steps, label, args.sampler, args.gamma,
                        args.guidance, bar=rank == 0)
         for i, picture in zip(indices, to_uint8(x)):
-            Image.fromarray(picture).save(out / f"{i:06d}.png")
-    if world > 1:
-        dist.init_process_group("gloo")
-        dist.barrier()
-        dist.destroy_process_group()
-    if rank == 0:
-        # samples.npz, for FID evaluators: arr_0 (N, H, W, 3) uint8, written picture by picture.
-        picture = lambda i: np.asarray(Image.open(out / f"{i:06d}.png"))
+            write(out / pictures[i], lambda file: Image.fromarray(picture).save(file, "PNG"))
+
+    picture = lambda i: np.asarray(Image.open(out / pictures[i]))
+
+    def save_npz(file):                     # arr_0 (N, H, W, 3) uint8, written picture by picture
         header = dict(descr="|u1", fortran_order=False, shape=(args.n, *picture(0).shape))
-        with zipfile.ZipFile(out / "samples.npz", "w") as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array_header_1_0(file, header)
+        with zipfile.ZipFile(file, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as array:
+                np.lib.format.write_array_header_1_0(array, header)
                 for i in range(args.n):
-                    file.write(picture(i).tobytes())
-        columns = len(wanted) if 1 < len(wanted) <= 12 else max(1, round(min(args.n, 100) ** .5))
-        shown = range(min(args.n, 10 * columns))
-        grid([picture(i) for i in shown], columns).save(out / "grid.png")
-        print(f"{args.n} pictures from {ckpt} (step {saved['step']}) in {out}/: "
-              "grid.png, 000000.png ..., samples.npz")
+                    array.write(picture(i).tobytes())
+
+    try:
+        for start in range(args.batch * rank, args.n, args.batch * world):
+            indices = range(start, min(start + args.batch, args.n))
+            if not all((out / pictures[i]).exists() for i in indices):
+                save_pictures(indices)
+        if world > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+        if rank == 0:
+            write(out / "samples.npz", save_npz)    # for FID evaluators
+            square = max(1, round(min(args.n, 100) ** .5))
+            columns = len(wanted) if 1 < len(wanted) <= 12 else square
+            sheet = grid([picture(i) for i in range(min(args.n, 10 * columns))], columns)
+            write(out / "grid.png", lambda file: sheet.save(file, "PNG"))
+            print(f"{args.n} pictures from {ckpt} (step {saved['step']}) in {out}/: "
+                  "grid.png, 000000.png ..., samples.npz")
+            held.close()
+    except OSError as error:
+        fail(f"--out {out}: {error}; what is there is whole, and the same command goes on", 1)
 
 
 if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("stopped: the same command goes on from here", 130)

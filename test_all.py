@@ -724,7 +724,7 @@ def test_loader_is_a_function_of_seed_and_number(tmp_path):
     assert all(torch.equal(first[n][0], second[n][0]) for n in (20, 3, 11))
     assert not all(torch.equal(first[n][0], other[n][0]) for n in range(8))
     x, label, broken = first[0]
-    assert x.shape == (3, 16, 16) and x.dtype == torch.float32 and -1 <= x.min() and x.max() <= 1 and broken == []
+    assert x.shape == (3, 16, 16) and x.dtype == torch.float32 and -1 <= x.min() and x.max() <= 1 and broken == {}
 
 
 def test_an_epoch_has_every_picture_once(tmp_path):
@@ -774,7 +774,7 @@ def test_corrupt_file_is_named_and_skipped(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"this is not a picture")
     (tmp_path / "cut.png").write_bytes((tmp_path / "0.png").read_bytes()[:500])
     dataset = data.Pictures(tmp_path, 16)
-    reasons = {reason.split(":")[0] for n in range(8) for reason in dataset[n][2]}
+    reasons = {name for n in range(8) for name in dataset[n][2]}
     assert reasons == {"bad.png", "cut.png"}
     assert all(dataset[n][0].shape == (3, 16, 16) for n in range(16))
 
@@ -1041,7 +1041,7 @@ def test_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path, little,
     monkeypatch.setattr(train, "diffusion_loss", lambda *args: honest(*args) * float("nan"))
     with pytest.raises(SystemExit) as stop:
         run_train(tmp_path / "all", "--steps", "30")
-    assert stop.value.code == 2 and len(log_lines(tmp_path / "all")) < 12 and not list((tmp_path / "all").glob("*.pt"))
+    assert stop.value.code == 1 and len(log_lines(tmp_path / "all")) < 12 and not list((tmp_path / "all").glob("*.pt"))
 
 
 def test_changed_configuration_is_refused_with_the_difference_named(tmp_path, little, capsys):
@@ -1061,7 +1061,7 @@ def test_changed_configuration_is_refused_with_the_difference_named(tmp_path, li
     (["--accum", "0"], "--accum 0"), (["--dropout", "1"], "--dropout 1"), (["--lr", "-1"], "--lr -1"), (["--data", "{tmp}/bad.zip"], "bad.zip"),
     (["--patch", "haar"], "--patch haar"), (["--schedule", "linear"], "--schedule linear"), (["--batch", "9", "--accum", "2"], "--batch 9"),
     (["--data", "{tmp}/nowhere"], "nowhere"), (["--data", "{tmp}/empty"], "no picture"), (["--data", "{tmp}/few", "--batch", "16"], "fewer than"),
-    (["--data", "{tmp}/broken", "--batch", "2"], "none of 3 pictures")])
+    (["--data", "{tmp}/broken", "--batch", "2"], "more than half")])
 def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, little, capsys, flags, words):
     (tmp_path / "empty").mkdir()
     write_folder(tmp_path / "few")
@@ -1105,7 +1105,7 @@ def test_sample_writes_grid_pngs_and_npz_the_same_on_one_rank_or_two(tmp_path, t
     run_script(*PYTHON, "sample.py", *flags, "--out", tmp_path / "one")
     run_script(*TORCHRUN, "--nproc_per_node=2", "--", "sample.py", *flags, "--out", tmp_path / "two")
     for name in ("one", "two"):
-        assert sorted(file.name for file in (tmp_path / name).iterdir()) == [f"{i:06d}.png" for i in range(7)] + ["grid.png", "samples.npz"]
+        assert sorted(file.name for file in (tmp_path / name).iterdir()) == [f"{i:06d}.png" for i in range(7)] + ["grid.png", "samples.npz", "settings.json"]
     one, two = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("one", "two"))
     assert one.shape == (7, 32, 32, 3) and one.dtype == np.uint8 and np.array_equal(one, two)
     assert all(np.array_equal(one[i], np.asarray(Image.open(tmp_path / f"one/{i:06d}.png"))) for i in range(7))
@@ -1121,7 +1121,7 @@ def test_sample_takes_labels_by_name_or_number_and_refuses_others(tmp_path, trai
     capsys.readouterr()
     for flags, words in [(["--label", "rose"], "--label rose"), (["--label", "10"], "--label 10"), (["--gamma", "2"], "--gamma 2"),
                          (["--n", "0"], "--n 0"), (["--seed", "-1"], "--seed -1"),
-                         (["--ckpt", "nowhere.pt"], "nowhere.pt"), (["--ckpt", str(HERE / "LICENSE")], "LICENSE: not a model.pt")]:
+                         (["--ckpt", "nowhere.pt"], "nowhere.pt"), (["--ckpt", str(HERE / "LICENSE")], "LICENSE: not a checkpoint")]:
         with pytest.raises(SystemExit) as stop:
             sampling.main([*common, "--out", str(tmp_path / "no"), *flags])
         error = capsys.readouterr().err

@@ -7,16 +7,20 @@ Picture n of the run (n = step * batch + its place in the batch), its crop, its 
 functions of (seed, n). So ranks, accumulation and kills do not change what is learned: N ranks sum
 the same gradient as one (but for the masks of dropout), and a resumed run is the unbroken run.
 """
-import argparse
+import argparse                 # for --flip and --no-flip; the rest of it is in sample.py
 import copy
 import dataclasses
 import inspect
 import json
+import math
 import os
 import re
+import signal
+import socket
+import sys
 import time
-import zipfile
-from contextlib import nullcontext
+from collections import ChainMap
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -27,10 +31,11 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from checkpoint import FORMAT, append, lock, read, trim, write
 from data import Flowers, Pictures
 from loss import diffusion_loss
-from sample import (DROPOUT, TRAINING, fail, grid, pick_device, picture_noise, sample, seed_of,
-                    to_uint8)
+from sample import (DROPOUT, TRAINING, Parser, fail, grid, number, pick_device, picture_noise,
+                    sample, seed_of, to_uint8, whole)
 from schedule import logsnr_schedule
 from uvit import PRESETS, UViT, wavelet_levels, unet_levels
 
@@ -66,6 +71,7 @@ class Config:
     compile: str = ""           # on or off; empty: on with CUDA
     bf16: str = ""              # on or off; empty: on where the hardware has it
     workers: int = -1           # processes that load pictures; -1: up to 8 with CUDA, else none
+    timeout: float = 30.0       # minutes that ranks wait for a silent one and then name it
     # Reports
     log_every: int = 20         # steps between lines of log.jsonl
     sample_every: int = 250     # steps between grids and losses by noise level; 0: none
@@ -78,10 +84,14 @@ DEFAULTS = {    # `paper` is the paper's; the others are ours, for smaller machi
     "base":  dict(batch=256,  steps=300_000, lr=2e-4, warmup=5_000),
     "paper": dict(batch=2048, steps=500_000, lr=1e-4, warmup=10_000),
 }
-MAY_CHANGE = {"data", "steps", "accum", "out", "compile", "bf16", "workers", "log_every",
+MAY_CHANGE = {"data", "steps", "accum", "out", "compile", "bf16", "workers", "timeout", "log_every",
               "sample_every", "save_every"}     # on resume; all else is refused
-AT_LEAST = dict(batch=0, accum=1, steps=0, lr=0, warmup=0, clip=0, ema=0, seed=0, noise_d=1,
-                drop_label=0, log_every=1, sample_every=0, save_every=1, dropout_res=0)
+AT_LEAST = dict(batch=0, accum=1, steps=0, lr=0, warmup=0, clip=1e-9, ema=0, seed=0, noise_d=1,
+                drop_label=0, log_every=1, sample_every=0, save_every=1, dropout_res=0, dropout=-1,
+                workers=-1, timeout=0.05)
+AT_MOST = dict(res=4096, noise_d=4096, seed=2**63 - 2, workers=1024, timeout=10_000)
+PARENT = os.getppid()           # under torchrun: torchrun, while it lives
+NOT_FINITE_AT_MOST = 10         # gradients in a row, then the run ends
 NOISE_LEVELS = 8                # times at which the loss by noise level is measured
 REPORT_STEPS = 50               # network calls for a picture of the grid
 EXPECT = """What to expect of flowers at 64 x 64: a loss of 0.25 at the start, 0.05 at step 250 (the
@@ -91,10 +101,10 @@ The 1,500 steps took 16 minutes on two CPU cores."""
 
 def parse_config(argv=None):
     """argv -> Config, with all that --res and --model pick. Wrong input: a line, exit code 2."""
-    parser = argparse.ArgumentParser(description="Train a U-ViT by simple diffusion.")
+    parser = Parser(description="Train a U-ViT by simple diffusion.", allow_abbrev=False)
     says = dict(re.findall(r"^ +(\w+): .*?# (.*)$", inspect.getsource(Config), re.MULTILINE))
     for field in dataclasses.fields(Config):
-        kind = dict(type=field.type)
+        kind = dict(type={int: whole, float: number, str: str}.get(field.type))
         if field.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
         parser.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, **kind,
@@ -112,9 +122,14 @@ def parse_config(argv=None):
     for name, least in AT_LEAST.items():
         if getattr(config, name) < least:
             fail(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}")
-    for name in ("ema", "drop_label", "dropout"):
-        if getattr(config, name) >= 1:
-            fail(f"--{name.replace('_', '-')} {getattr(config, name)}: must be below 1")
+    for name, most in AT_MOST.items():
+        if getattr(config, name) > most:
+            fail(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at most {most}")
+    for name in ("ema", "dropout", "drop_label"):
+        if getattr(config, name) >= 1 or -1 < getattr(config, name) < 0:
+            fail(f"--{name.replace('_', '-')} {getattr(config, name)}: must be from 0 to below 1")
+    if config.out and not Path(config.out).absolute().parent.is_dir():
+        fail(f"--out {config.out}: the folder it is to be in does not exist; make that first")
     step = 2 ** (wavelet_levels(max(config.res, 1)) + unet_levels(max(config.res, 1)))
     if config.res < 16 or config.res % step:
         near = max(16, round(config.res / step) * step)
@@ -149,35 +164,71 @@ def ema_decay(updates, ema):
     return min(ema, updates / (9 + updates))
 
 
-def save(path, content):
-    """Write, flush, rename: a reader of `path` finds the old file or the new one, never half."""
-    part = Path(f"{path}.part")
-    with open(part, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
 def collate(items):
     x, label, broken = zip(*items)
-    return torch.stack(x), torch.tensor(label), sum(broken, [])
+    return torch.stack(x), torch.tensor(label), dict(ChainMap(*broken))
+
+
+def ignore_signals(_):
+    """In a loader's process: Ctrl-C and SIGTERM are for the trainer, which still needs pictures."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def silent_ranks(group, seconds):
+    """Ask every other rank for a word, give them `seconds` -> those that sent none."""
+    silent, asked, end = [], {}, time.time() + seconds
+    for rank in set(range(dist.get_world_size())) - {dist.get_rank()}:
+        try:
+            dist.isend(torch.zeros(1), rank, group)
+            asked[rank] = dist.irecv(torch.zeros(1), rank, group)
+        except RuntimeError:
+            silent.append(rank)
+    for rank, answer in asked.items():
+        try:
+            answer.wait(timedelta(seconds=max(.1, end - time.time())))
+        except RuntimeError:
+            silent.append(rank)
+    return sorted(silent)
 
 
 def main(argv=None):
+    """Ranks and device; the training itself is `train`."""
     config = parse_config(argv)
-
-    # -- ranks and device
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, has_bf16 = pick_device()
-    ddp, cuda, master = "RANK" in os.environ, device.type == "cuda", rank == 0
     if config.batch % (world * config.accum):
-        fail(f"--batch {config.batch}: must be a multiple of ranks x accum, {world * config.accum}")
-    micro = config.batch // (world * config.accum)
-    if ddp:
-        # Half an hour, since the ranks wait while the first one saves.
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
-    bf16 = config.bf16 == "on" if config.bf16 else has_bf16
+        fail(f"--batch {config.batch}: must be a multiple of {world * config.accum}, "
+             f"{world} ranks x --accum {config.accum}")
+    config.bf16 = config.bf16 or ("on" if has_bf16 else "off")
+    with ExitStack() as at_exit:
+        if "RANK" not in os.environ:
+            return train(config, 0, 1, device, at_exit)
+
+        # CPU tensors travel by gloo, the gradients of GPUs by NCCL. Of --timeout nine tenths are
+        # for the ranks to meet, the last for finding out who does not come.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(minutes=.9 * config.timeout))
+        group, hosts = dist.new_group(backend="gloo"), [None] * world
+        dist.all_gather_object(hosts, socket.gethostname())
+        try:
+            train(config, rank, world, device, at_exit)
+            dist.barrier()                  # leave together
+        except RuntimeError as error:
+            if "gloo" not in str(error) and not isinstance(error, dist.DistError):
+                raise
+            silent = silent_ranks(group, 6 * config.timeout)
+            if not silent:
+                raise
+            who = ", ".join(f"rank {lost} on {hosts[lost]}" for lost in silent)
+            print(f"rank {rank} on {hosts[rank]}: no word from {who}; the same command goes on "
+                  f"from the last checkpoint in {config.out}", file=sys.stderr, flush=True)
+            os._exit(1)                     # what is left of the group would wait for them
+
+
+def train(config, rank, world, device, at_exit):
+    ddp, cuda, master = "RANK" in os.environ, device.type == "cuda", rank == 0
+    bf16, micro = config.bf16 == "on", config.batch // (world * config.accum)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = bf16
     autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
 
@@ -186,13 +237,25 @@ def main(argv=None):
         dataset = Flowers(config.res, config.seed)
         if config.data:
             dataset = Pictures(config.data, config.res, config.seed, config.flip)
-        report_x, report_label, _ = collate([dataset[n] for n in range(16)])    # can any be read?
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
+    except ValueError as error:
         fail(str(error))
-    pictures = len(dataset.names) if config.data else 0
+    pictures, broken = len(dataset.names), {}       # broken: {name: why}, of all ranks
     if config.data and pictures < config.batch:
         fail(f"--data {config.data}: {pictures} pictures are fewer than --batch "
              f"{config.batch}; add pictures or lower --batch")
+    report_x, report_label, found = collate([dataset[n] for n in range(16)])
+    found |= dataset.broken                         # found: new ones, of this rank
+
+    def too_many():
+        return 2 * (len(broken) + len(found.keys() - broken.keys())) > pictures > 0
+
+    def fail_for_pictures():
+        name, why = next(iter((broken | found).items()))
+        fail(f"--data {config.data}: more than half cannot be read, {len(broken | found)} of "
+             f"{pictures} so far; {name}: {why}")
+
+    if too_many():
+        fail_for_pictures()
     classes = len(dataset.classes)
 
     # -- model
@@ -203,34 +266,65 @@ def main(argv=None):
                                   weight_decay=0, fused=True)
     logsnr = logsnr_schedule(config.schedule, config.res, config.noise_d)
 
-    # -- resume
-    out, start, seconds = Path(config.out), 0, 0.0
-    checkpoints = sorted(out.glob("ckpt-*.pt"))
-    if checkpoints:
-        saved = torch.load(checkpoints[-1], map_location="cpu", weights_only=True)
-        for name, was in saved["config"].items():
-            if name not in MAY_CHANGE and getattr(config, name) != was:
-                fail(f"{out} was started with --{name.replace('_', '-')} {was}, now "
-                     f"{getattr(config, name)}: go back to that, or give a new --out")
-        if (saved["classes"], saved["pictures"]) != (dataset.classes, pictures):
-            fail(f"{out} was started with {saved['pictures']} pictures in {len(saved['classes'])} "
-                 f"classes, now {pictures} in {classes}: put them back, or give a new --out")
-        model.load_state_dict(saved["model"])
-        ema.load_state_dict(saved["ema"])
-        optimizer.load_state_dict(saved["optimizer"])
-        start, seconds = saved["step"], saved["seconds"]
-        del saved
+    # -- the run's folder, which belongs to rank 0 of one command at a time
+    out, start, seconds, log, named = Path(config.out), 0, 0.0, None, set()
+    newest, trouble = None, None
+    if master:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            log = lock(out / "log.jsonl")
+            at_exit.callback(log.close)
+            if not os.access(out, os.W_OK):
+                raise PermissionError("read-only")
+            for part in out.glob("*.part"):         # of a command that was killed while it wrote
+                part.unlink()
+            newest = max(map(str, out.glob("ckpt-*.pt")), default=None)
+            if (out / "broken.txt").exists():
+                lines = (out / "broken.txt").read_text(errors="replace").splitlines()
+                named = {line.split("\t")[0] for line in lines}
+        except BlockingIOError:
+            trouble = f"--out {out}: another process trains there; end that, or give a new --out"
+        except OSError as error:
+            trouble = f"--out {out}: cannot be written to ({error.strerror or error})"
     if ddp:
-        starts = [None] * world
-        dist.all_gather_object(starts, start)
-        if len(set(starts)) > 1:
-            fail(f"the ranks would start at steps {starts}: {out} must be one folder for all nodes")
+        seen = [newest, trouble]
+        dist.broadcast_object_list(seen)
+        newest, trouble = seen
+    if trouble:
+        fail(trouble)
+
+    # -- resume
+    skipped = torch.zeros((), device=device)
+    if newest:
+        try:
+            saved = read(newest)
+        except ValueError as error:
+            older = sorted(map(str, out.glob("ckpt-*.pt")))[:-1]
+            fail(f"{error}" + f"; without that file the run goes on from {older[-1]}" * bool(older))
+        for name in dict.fromkeys([*vars(config), *saved["config"]]):
+            was, now = saved["config"].get(name), getattr(config, name, None)
+            if name not in MAY_CHANGE and now != was:
+                fail(f"{out} was started with --{name.replace('_', '-')} {was}, now {now}: go back "
+                     "to that, or give a new --out")
+        try:
+            if (saved["classes"], saved["pictures"]) != (dataset.classes, pictures):
+                fail(f"{out} was started with {saved['pictures']} pictures in "
+                     f"{len(saved['classes'])} classes, now {pictures} in {classes}: put them "
+                     "back, or give a new --out")
+            model.load_state_dict(saved["model"])
+            ema.load_state_dict(saved["ema"])
+            optimizer.load_state_dict(saved["optimizer"])
+            start, seconds = saved["step"], saved["seconds"]
+            skipped += saved["skipped"]
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            fail(f"{newest}: does not hold the network its configuration describes")
+        del saved
+    if master:
+        trim(log, start)
     if start >= config.steps:
         if master:
             print(f"{out} is at step {start} of {config.steps}: done. "
                   f"More: --steps {2 * start}. Pictures: python sample.py")
-        if ddp:
-            dist.barrier()      # leave together
         return
     net = model
     if config.compile == "on" or (not config.compile and cuda):
@@ -240,13 +334,6 @@ def main(argv=None):
 
     # -- what is about to happen
     if master:
-        out.mkdir(parents=True, exist_ok=True)
-        log_path = out / "log.jsonl"
-        if log_path.exists():       # forget what was logged after the checkpoint: it happens again
-            lines = [line for line in log_path.read_text().splitlines(True) if line.endswith("\n")]
-            lines = [line for line in lines if json.loads(line)["step"] <= start]
-            log_path.write_text("".join(lines))
-        log = open(log_path, "a", buffering=1)
         weights = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"{config.model} U-ViT, {weights:.1f} M weights, {config.res} x {config.res}, "
               f"{classes} classes, batch {config.batch} on {world} x {device.type}"
@@ -268,7 +355,7 @@ def main(argv=None):
         cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = min(8, cores) if cuda else 0
     loader = iter(DataLoader(dataset, batch_sampler=numbers(), num_workers=workers,
-                             collate_fn=collate, pin_memory=cuda))
+                             collate_fn=collate, pin_memory=cuda, worker_init_fn=ignore_signals))
 
     # -- reports: a grid from fixed noise and the loss by noise level, the work shared by all ranks
     columns = min(classes, 10) or 8
@@ -282,34 +369,87 @@ def main(argv=None):
         times = (torch.arange(NOISE_LEVELS, device=device) + .5) / NOISE_LEVELS
         mine, drawn, parts = range(rank, shown, world), [], [None] * world
         label = torch.tensor([i % classes for i in mine], device=device) if classes else None
-        with autocast:
-            losses = [diffusion_loss(ema, report_x, t.expand(len(report_x)), report_eps, logsnr,
-                                     report_label).item() for t in times]
-            if mine:
-                noise = picture_noise(config.seed, mine, config.res, device)
-                drawn = to_uint8(sample(ema, logsnr, noise, REPORT_STEPS, label, bar=master))
+        fresh = picture_noise(config.seed, mine, config.res, device)
+
+        def noise():
+            if asked:
+                raise InterruptedError
+            return fresh()
+
+        try:
+            with autocast:
+                losses = [diffusion_loss(ema, report_x, t.expand(len(report_x)), report_eps, logsnr,
+                                         report_label).item() for t in times]
+                if mine:
+                    drawn = to_uint8(sample(ema, logsnr, noise, REPORT_STEPS, label, bar=master))
+        except InterruptedError:            # told to stop: no time for pictures
+            drawn = None
         if ddp:
             dist.gather_object(drawn, parts if master else None)
         else:
             parts = [drawn]
-        return losses, [parts[i % world][i // world] for i in range(shown)] if master else None
+        if not master or any(part is None for part in parts):
+            return None, None
+        return losses, grid([parts[i % world][i // world] for i in range(shown)], columns)
+
+    # -- what rank 0 writes
+    def save_report(losses, sheet):
+        append(log, json.dumps(dict(step=done, loss_by_noise_level=losses)))
+        tqdm.write(f"step {done}: loss from clean to noisy "
+                   + " ".join(f"{loss:.4f}" for loss in losses))
+        for name in (f"grid-{done:07d}.png", "grid.png"):
+            write(out / name, lambda file: sheet.save(file, "PNG"))
+
+    def save():
+        content = dict(format=FORMAT, config=vars(config), classes=dataset.classes, step=done,
+                       ema=ema.state_dict())
+        # model.pt first: a run whose last checkpoint stands is done.
+        write(out / "model.pt", lambda file: torch.save(content, file))
+        content |= dict(pictures=pictures, seconds=seconds, skipped=int(skipped),
+                        model=model.state_dict(), optimizer=optimizer.state_dict())
+        write(out / f"ckpt-{done:08d}.pt", lambda file: torch.save(content, file))
+        for old in sorted(out.glob("ckpt-*.pt"))[:-2]:
+            old.unlink()
+
+    def name_broken():
+        """Each broken file once a run, whichever rank met it first."""
+        for name in broken.keys() - named:
+            tqdm.write(f"skipped {name}: {broken[name]}")
+            named.add(name)
+            with open(out / "broken.txt", "a", errors="backslashreplace") as file:
+                file.write(f"{name}\t{broken[name]}\n")
+
+    def attempt(write_files):
+        """A full disk costs these files, not the run -> whether they were written."""
+        try:
+            write_files()
+            return True
+        except OSError as error:
+            tqdm.write(f"step {done}: {error.filename or out}: {error.strerror or error}; the run "
+                       "goes on and will try again")
+
+    def last_good():
+        return max(out.glob("ckpt-*.pt"), default="none yet")
 
     # -- loop
+    asked = []                              # SIGTERM and Ctrl-C end the run after the step
+    for told in (signal.SIGTERM, signal.SIGINT):
+        at_exit.callback(signal.signal, told, signal.signal(told, lambda *_: asked.append(_)))
     model.train()
     multiscale = config.multiscale == "on"
     bar = tqdm(total=config.steps, initial=start, disable=not master, unit="step")
-    total, skipped, in_a_row, longest = (torch.zeros((), device=device) for _ in range(4))
-    known_broken, clock, last = set(), time.time(), start
+    total = torch.zeros(2, device=device)   # sum and number of the losses since the last log line
+    in_a_row, most_in_a_row = (torch.zeros((), device=device) for _ in range(2))
+    news = torch.zeros((), pin_memory=cuda)
+    clock, last, kept = time.time(), start, True
     for step in range(start, config.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1, (step + 1) / config.warmup)
         torch.manual_seed(seed_of(DROPOUT, config.seed, step, rank))
 
         for part in range(config.accum):
-            x, label, broken = next(loader)
-            for reason in set(broken) - known_broken:
-                tqdm.write(f"skipped {reason}")
-                known_broken.add(reason)
+            x, label, skips = next(loader)
+            found |= skips
             first = step * config.batch + (part * world + rank) * micro
             t, eps, u = draw_noise(config.seed, first, micro, config.res, device)
             x, label = x.to(device, non_blocking=True), label.to(device, non_blocking=True)
@@ -318,14 +458,15 @@ def main(argv=None):
                 with autocast:
                     loss = diffusion_loss(net, x, t, eps, logsnr, label, config.loss, multiscale)
                 (loss / config.accum).backward()
-            total += loss.detach() / config.accum
+            loss = loss.detach()
+            total += torch.stack([loss.nan_to_num(0, 0, 0), loss.isfinite().float()])
 
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         # All ranks have the same gradient, so all skip together, inside AdamW, without a wait.
         optimizer.found_inf = (~norm.isfinite()).float()
         skipped += optimizer.found_inf
         in_a_row = (in_a_row + 1) * optimizer.found_inf
-        longest = torch.maximum(longest, in_a_row)
+        most_in_a_row = torch.maximum(most_in_a_row, in_a_row)
         if device.type != "mps" or not optimizer.found_inf:     # whose AdamW does not look
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -333,54 +474,75 @@ def main(argv=None):
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()),
                                  1 - ema_decay(step, config.ema))
         bar.update()
-
         done = step + 1
-        if done % config.log_every == 0 or done == config.steps:
+
+        # Reasons to end, agreed on by all ranks. From a GPU they may be some steps old: no wait.
+        news.copy_(most_in_a_row, non_blocking=True)
+        orphan = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT
+        ends = torch.tensor([bool(asked) or orphan, news >= NOT_FINITE_AT_MOST, too_many()]).int()
+        if ddp:
+            dist.all_reduce(ends, dist.ReduceOp.MAX)
+        stop, diverged, unreadable = ends.tolist()
+        if diverged:
+            fail(f"step {done}: the last {NOT_FINITE_AT_MOST} gradients were not finite; the last "
+                 f"good checkpoint is {last_good()}; a new --out with a lower --lr may do", 1)
+
+        if done % config.log_every == 0 or done == config.steps or stop or unreadable:
             if ddp:
                 dist.all_reduce(total)
-            mean = total.item() / world / (done - last)     # waits for the GPU: before the clock
+                every = [None] * world
+                dist.all_gather_object(every, found)
+                found = dict(ChainMap(*every))
+            broken, found = found | broken, {}
+            mean = (total[0] / total[1]).item()     # waits for the GPU: before the clock
             took = time.time() - clock
             seconds = round(seconds + took, 1)
             images_s = round((done - last) * config.batch / took, 1)
-            if longest >= 10:
-                fail(f"step {done}: {int(longest)} gradients in a row were not finite; the last "
-                     f"good checkpoint is in {out}, try a lower --lr")
+            line = dict(step=done, loss=mean, norm=norm.item(), lr=group["lr"],
+                        skipped=int(skipped), images_per_second=images_s, seconds=seconds)
             if master:
                 bar.set_postfix(loss=f"{mean:.4f}", images_s=images_s)
-                log.write(json.dumps(dict(step=done, loss=mean, norm=norm.item(), lr=group["lr"],
-                                          skipped=int(skipped), images_per_second=images_s,
-                                          seconds=seconds)) + "\n")
+                attempt(name_broken)
+                attempt(lambda: append(log, json.dumps({
+                    key: value if math.isfinite(value) else None for key, value in line.items()})))
             total.zero_()
             clock, last = time.time(), done
-        if config.sample_every and (done % config.sample_every == 0 or done == config.steps):
-            losses, drawn = report()
-            if master:
-                log.write(json.dumps(dict(step=done, loss_by_noise_level=losses)) + "\n")
-                tqdm.write(f"step {done}: loss from clean to noisy "
-                           + " ".join(f"{loss:.4f}" for loss in losses))
-                grid(drawn, columns).save(out / f"grid-{done:07d}.png")
-                grid(drawn, columns).save(out / "grid.png")
-        if master and (done % config.save_every == 0 or done == config.steps):
-            content = dict(config=vars(config), classes=dataset.classes, step=done,
-                           ema=ema.state_dict())
-            save(out / "model.pt", content)     # first: a run whose last checkpoint stands is done
-            save(out / f"ckpt-{done:08d}.pt", content | dict(
-                pictures=pictures, seconds=seconds, model=model.state_dict(),
-                optimizer=optimizer.state_dict()))
-            for old in sorted(out.glob("ckpt-*.pt"))[:-2]:
-                old.unlink()
+        if unreadable:
+            fail_for_pictures()
+        due = config.sample_every and (done % config.sample_every == 0 or done == config.steps)
+        if due and not stop:
+            losses, sheet = report()
+            if sheet:
+                attempt(lambda: save_report(losses, sheet))
+        if done % config.save_every == 0 or done == config.steps or stop:
+            all_of_it = [*model.parameters(), *ema.parameters(),
+                         *(part for parts in optimizer.state.values() for part in parts.values())]
+            if not torch.nn.utils.get_total_norm(all_of_it).isfinite():
+                fail(f"step {done}: weights are no longer finite, nothing was saved; the last good "
+                     f"checkpoint is {last_good()}; a new --out with a lower --lr may do", 1)
+            kept = attempt(save) if master else True
+        if stop:
+            break
     bar.close()
-    if ddp:
-        dist.barrier()
-    if master:
+    if master and broken:
+        print(f"{len(broken)} of {pictures} pictures could not be read and were skipped: "
+              f"{out}/broken.txt")
+    if not kept:
+        fail(f"step {done}: not saved; the last good checkpoint is {last_good()}, and the same "
+             "command goes on from there", 1)
+    if master and done < config.steps:
+        print(f"stopped and saved at step {done}: the same command goes on")
+    elif master:
         print(f"done: {out}/grid.png, {out}/model.pt. Pictures: python sample.py")
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")       # files may be named anything
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:
-        raise SystemExit("stopped: the same command goes on from the last checkpoint")
+        print("stopped before the first step: the same command starts again")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1,0 +1,122 @@
+"""Files of a run: always whole when written, never trusted when read.
+
+`write` fills a new file beside its place, flushes it to the disk and renames it. Whoever is killed,
+whenever: a reader finds the old file or the new one, never half of one. `read` believes a file only
+after its checksums, and never runs what it holds.
+"""
+import json
+import os
+import pickle
+import time
+import zipfile
+from pathlib import Path
+
+import torch
+
+FORMAT = 1                  # of checkpoints and of model.pt; a file of a later one is refused
+KEYS = dict(format=int, config=dict, classes=list, step=int, ema=dict)
+
+
+def write(path, write_to):
+    """Let write_to(file) fill a new file, which then replaces `path` in one step.
+
+    Raises OSError (disk full, read-only, gone): `path` is as it was, and nothing is beside it.
+    """
+    path, part = Path(path), Path(f"{path}.part")
+    try:
+        with open(part, "wb") as file:
+            write_to(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        if os.name == "posix":              # the new name, too, is to outlive a power cut
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except Exception as error:
+        try:
+            part.unlink(missing_ok=True)
+        except OSError:
+            pass                            # the folder itself is gone or read-only
+        cause = error                       # torch.save hides the disk's own words
+        while cause and not isinstance(cause, OSError):
+            cause = cause.__context__
+        raise cause or error
+
+
+def read(path):
+    """A checkpoint or model.pt -> its dict (KEYS). Raises ValueError, one line that says why."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            compressed = any(info.compress_type for info in archive.infolist())
+            damaged = archive.testzip()     # torch writes checksums, but does not look at them
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise ValueError(f"{path}: {error.strerror}")
+    except Exception:
+        raise ValueError(f"{path}: not a checkpoint, or cut short or damaged")
+    if compressed or damaged:
+        raise ValueError(f"{path}: damaged, {damaged or 'it'} is not what was written")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path}: refused, for it holds more than tensors and plain values")
+    except Exception as error:
+        raise ValueError(f"{path}: not a checkpoint ({type(error).__name__})")
+    if not isinstance(saved, dict) or not isinstance(saved.get("format"), int):
+        raise ValueError(f"{path}: not a checkpoint of ours, it names no format")
+    if saved["format"] > FORMAT:
+        raise ValueError(f"{path}: format {saved['format']} is of a newer version of this code, "
+                         f"which knows {FORMAT}: update the code")
+    for key, kind in KEYS.items():
+        if not isinstance(saved.get(key), kind):
+            raise ValueError(f"{path}: not a checkpoint of ours, {key} is missing or wrong")
+    return saved
+
+
+def lock(path, patience=60):
+    """Open `path` to append, for this process alone until it ends -> file, unbuffered.
+
+    A process that was told to stop gets `patience` seconds to do so. Raises BlockingIOError.
+    """
+    file = open(path, "ab", buffering=0)
+    try:
+        import fcntl
+    except ImportError:                     # Windows: no such lock
+        return file
+    for second in range(patience + 1):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if second == patience:
+                file.close()
+                raise
+            if second == 0:
+                print(f"waiting for another process to leave {path}", flush=True)
+            time.sleep(1)
+        except OSError:                     # a file system without locks
+            return file
+
+
+def append(file, line):
+    """One whole line, or none: what a full disk cut short is taken back. Raises OSError."""
+    end, line = file.seek(0, os.SEEK_END), line.encode() + b"\n"
+    try:
+        while line:
+            line = line[file.write(line):]
+    except OSError:
+        file.truncate(end)
+        raise
+
+
+def trim(file, step):
+    """Forget the lines of a log after `step`, and one that was cut short: they happen again."""
+    end = 0
+    for line in open(file.name, "rb"):
+        try:
+            if json.loads(line)["step"] > step or not line.endswith(b"\n"):
+                break
+        except (ValueError, KeyError, TypeError):
+            break
+        end += len(line)
+    file.truncate(end)
