@@ -356,6 +356,8 @@ def train(config, rank, world, device, at_exit):
         workers = min(8, cores) if cuda else 0
     loader = iter(DataLoader(dataset, batch_sampler=numbers(), num_workers=workers,
                              collate_fn=collate, pin_memory=cuda, worker_init_fn=ignore_signals))
+    if workers:
+        at_exit.callback(loader._shutdown_workers)      # which heed no signal
 
     # -- reports: a grid from fixed noise and the loss by noise level, the work shared by all ranks
     columns = min(classes, 10) or 8
@@ -434,7 +436,8 @@ def train(config, rank, world, device, at_exit):
     # -- loop
     asked = []                              # SIGTERM and Ctrl-C end the run after the step
     for told in (signal.SIGTERM, signal.SIGINT):
-        at_exit.callback(signal.signal, told, signal.signal(told, lambda *_: asked.append(_)))
+        before = signal.signal(told, lambda signum, frame: asked.append(signum))
+        at_exit.callback(signal.signal, told, before)
     model.train()
     multiscale = config.multiscale == "on"
     bar = tqdm(total=config.steps, initial=start, disable=not master, unit="step")
