@@ -33,7 +33,7 @@ def write(path, write_to):
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
-    except Exception as error:
+    except BaseException as error:
         try:
             part.unlink(missing_ok=True)
         except OSError:

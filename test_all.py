@@ -5,15 +5,21 @@
 A test's name is a sentence of the paper or a promise of ours. benchmarks/mutants.py breaks the
 formulas one at a time and shows which of these turns red.
 """
+import contextlib
+import io
 import json
 import math
+import multiprocessing
 import os
+import pickle
 import re
 import resource
+import shutil
 import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 import zlib
@@ -984,10 +990,13 @@ def same_to_rounding(a, b):
     return gradient < 1e-4 and weights < 1e-2
 
 
+LITTLE = dict(widths=(16, 16, 16, 32), blocks=(1, 1, 1), depth=2, head=32, emb=32, dropout=0.0)
+
+
 @pytest.fixture
 def little(monkeypatch):
     """A network that trains in seconds in place of `tiny`, for what runs in this process."""
-    monkeypatch.setitem(uvit.PRESETS, "tiny", dict(widths=(16, 16, 16, 32), blocks=(1, 1, 1), depth=2, head=32, emb=32, dropout=0.0))
+    monkeypatch.setitem(uvit.PRESETS, "tiny", LITTLE)
 
 
 def test_trainer_overfits_one_batch(tmp_path, little):
@@ -999,26 +1008,316 @@ def test_trainer_overfits_one_batch(tmp_path, little):
     assert loss[0] > .2 and np.mean(loss[-10:]) < .1 * loss[0]
 
 
-@pytest.mark.parametrize("launcher", [PYTHON, TORCHRUN + ["--nproc_per_node=2"]], ids=["one process", "two ranks"])
-def test_killed_and_resumed_equals_unbroken_to_the_last_bit(tmp_path, launcher):
-    flags = [*SMALL, "--steps", "10", "--save-every", "2", "--dropout", "0.1"]
-    run_script(*launcher, "train.py", *flags, "--out", tmp_path / "unbroken")
-    killed = subprocess.Popen([*launcher, "train.py", *flags, "--out", tmp_path / "killed"], cwd=HERE, stdout=subprocess.DEVNULL,
-                              stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    while not (tmp_path / "killed/ckpt-00000004.pt").exists():
-        assert killed.poll() is None
+LAUNCHERS = {"one process": PYTHON, "two ranks": [*TORCHRUN, "--nproc_per_node=2"]}
+RUN = [*SMALL, "--batch", "4", "--steps", "16", "--save-every", "2", "--dropout", "0.1", "--out"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """launcher -> the folder of a run by RUN that nothing disturbed."""
+    folder, made = tmp_path_factory.mktemp("unbroken"), {}
+
+    def run(launcher):
+        if launcher not in made:
+            made[launcher] = folder / launcher.split()[0]
+            run_script(*LAUNCHERS[launcher], "train.py", *RUN, made[launcher])
+        return made[launcher]
+    return run
+
+
+def start_script(*command):
+    """A command in the background, in a process group of its own; its output goes to `.said`."""
+    file = tempfile.TemporaryFile("w+")
+    process = subprocess.Popen([str(word) for word in command], cwd=HERE, stdout=file, stderr=subprocess.STDOUT, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+    process.said = lambda: file.seek(0) or file.read()
+    return process
+
+
+def wait_for(condition, process=None, seconds=60):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end and (process is None or process.poll() is None), process and process.said()
         time.sleep(.01)
-    subprocess.run(["pkill", "-KILL", "-f", str(tmp_path / "killed")])     # torchrun and its ranks at once
-    killed.wait()
-    assert last_checkpoint(tmp_path / "killed")["step"] < 10
-    output = run_script(*launcher, "train.py", *flags, "--out", tmp_path / "killed")
-    assert re.search(r"steps (\d+) to 10", output)[1] in "4 6 8"
-    assert "done" in run_script(*launcher, "train.py", *flags, "--out", tmp_path / "killed")     # and once more
-    first, second = last_checkpoint(tmp_path / "unbroken"), last_checkpoint(tmp_path / "killed")
+
+
+def processes(word):
+    """Pids of the processes with `word` in their command line."""
+    return [int(pid) for pid in subprocess.run(["pgrep", "-f", str(word)], capture_output=True, text=True).stdout.split()]
+
+
+def rank_pid(torchrun, rank):
+    ranks = subprocess.run(["pgrep", "-P", str(torchrun.pid)], capture_output=True, text=True).stdout.split()
+    return next(int(pid) for pid in ranks if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text())
+
+
+def assert_same_run(a, b):
+    first, second = last_checkpoint(a), last_checkpoint(b)
     for part in ("step", "model", "ema", "optimizer"):
         assert_same_bits(first[part], second[part])
-    assert [(line["step"], line["loss"]) for line in log_lines(tmp_path / "unbroken")] == \
-           [(line["step"], line["loss"]) for line in log_lines(tmp_path / "killed")]
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_killed_and_resumed_equals_unbroken_to_the_last_bit(tmp_path, unbroken, launcher):
+    command = [*LAUNCHERS[launcher], "train.py", *RUN, tmp_path]
+    killed = start_script(*command)
+    wait_for(lambda: (tmp_path / "ckpt-00000006.pt").exists(), killed)
+    for pid in processes(tmp_path):                     # torchrun and its ranks at once
+        os.kill(pid, signal.SIGKILL)
+    killed.wait()
+    assert last_checkpoint(tmp_path)["step"] < 16
+    assert re.search(r"steps (\d+) to 16", run_script(*command))[1] in ("6", "8", "10", "12", "14")
+    assert "done" in run_script(*command)               # and once more
+    assert_same_run(unbroken(launcher), tmp_path)
+    assert [(line["step"], line["loss"]) for line in log_lines(unbroken(launcher))] == \
+           [(line["step"], line["loss"]) for line in log_lines(tmp_path)]
+
+
+@linux
+@pytest.mark.parametrize("told, flags", [(signal.SIGTERM, []), (signal.SIGINT, ["--workers", "2"])], ids=["SIGTERM", "Ctrl-C"])
+def test_sigterm_and_ctrl_c_save_and_leave_with_code_0_within_one_step(tmp_path, unbroken, told, flags):
+    command = [*PYTHON, "train.py", *RUN, tmp_path, *flags]
+    run = start_script(*command, "--save-every", "1000")
+    wait_for(lambda: "loss=" in run.said(), run)
+    os.killpg(run.pid, told)
+    before = len(log_lines(tmp_path))
+    assert run.wait(30) == 0 and "Traceback" not in run.said()
+    step = checkpoint.read(tmp_path / "model.pt")["step"]
+    assert before <= step <= before + 2 and f"stopped and saved at step {step}: the same command goes on" in run.said()
+    wait_for(lambda: not processes(tmp_path), seconds=10)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [f"ckpt-{step:08d}.pt", "log.jsonl", "model.pt"]
+    run_script(*command)
+    assert_same_run(unbroken("one process"), tmp_path)
+
+
+@linux
+def test_ranks_save_and_leave_when_torchrun_is_killed_or_one_of_them_is_told_to(tmp_path, unbroken):
+    command = [*LAUNCHERS["two ranks"], "train.py", *RUN, tmp_path]
+    first = start_script(*command)
+    wait_for(lambda: "loss=" in first.said(), first)
+    first.kill()                                        # torchrun alone; its ranks hold the folder until they left
+    second = start_script(*command)
+    wait_for(lambda: "loss=" in second.said(), second)
+    found = re.search(r"stopped and saved at step (\d+)", first.said())
+    assert found and f"steps {found[1]} to 16" in second.said()
+    os.kill(rank_pid(second, 1), signal.SIGTERM)
+    assert second.wait(30) == 0 and "stopped and saved" in second.said()
+    run_script(*command)
+    assert_same_run(unbroken("two ranks"), tmp_path)
+    wait_for(lambda: not processes(tmp_path), seconds=10)
+
+
+@linux
+def test_lost_rank_is_named_and_torchrun_heals_by_max_restarts(tmp_path, unbroken):
+    run = start_script(*LAUNCHERS["two ranks"], "--max-restarts=3", "train.py", *RUN, tmp_path, "--timeout", ".25")
+    wait_for(lambda: "loss=" in run.said(), run)
+    os.kill(rank_pid(run, 1), signal.SIGSTOP)           # as good as cut off: it says nothing more
+    begin, stopped = time.time(), rank_pid(run, 1)
+    wait_for(lambda: "no word from" in run.said(), run)
+    assert time.time() - begin < 15                     # --timeout
+    assert re.search(rf"rank 0 on \S+: no word from rank 1 on \S+; the same command goes on from .*{tmp_path.name}", run.said())
+    os.kill(stopped, signal.SIGKILL)                    # which torchrun would take half a minute for
+    wait_for(lambda: run.said().count("Everything goes") == 2 and run.said().endswith("]"), run)
+    os.kill(rank_pid(run, 0), signal.SIGKILL)
+    assert run.wait(120) == 0 and run.said().count("Everything goes") == 3
+    assert_same_run(unbroken("two ranks"), tmp_path)
+
+
+def test_one_command_at_a_time_trains_in_a_folder(tmp_path, little, capsys, monkeypatch):
+    (tmp_path / "run").mkdir()
+    held = checkpoint.lock(tmp_path / "run/log.jsonl")
+    monkeypatch.setattr(train, "lock", lambda path: checkpoint.lock(path, patience=0))
+    error = one_line(capsys, train.main, [*SMALL, "--out", tmp_path / "run"])
+    assert error == f"--out {tmp_path}/run: another process trains there; end that, or give a new --out\n"
+    held.close()
+    run_train(tmp_path / "run", "--steps", "1")
+
+
+def test_two_ranks_checkpoint_goes_on_with_1_and_with_4(tmp_path):
+    flags = ["train.py", *SMALL, "--steps"]
+    run_script(*PYTHON, *flags, "4", "--out", tmp_path / "one")
+    run_script(*TORCHRUN, "--nproc_per_node=2", *flags, "2", "--out", tmp_path / "1")
+    shutil.copytree(tmp_path / "1", tmp_path / "4")
+    for count in "14":
+        run_script(*TORCHRUN, f"--nproc_per_node={count}", *flags, "4", "--out", tmp_path / count)
+        assert same_to_rounding(last_checkpoint(tmp_path / "one"), last_checkpoint(tmp_path / count))
+
+
+def test_no_picture_is_seen_twice_or_skipped_within_an_epoch_across_a_resume(tmp_path, little, monkeypatch):
+    write_folder(tmp_path / "set", 24, (32, 32))
+    honest, seen, given = data.Pictures.picture, [], []
+    monkeypatch.setattr(data.Pictures, "picture", lambda self, i: seen.append(i) or honest(self, i))
+    for start, stop in ((0, 2), (2, 5), (5, 6)):        # 24 files, 8 a step: two epochs
+        seen.clear()
+        run_train(tmp_path / "run", "--data", str(tmp_path / "set"), "--steps", str(stop))
+        assert len(seen) == 16 + 8 * (stop - start)     # 16 for the reports
+        given += seen[16:]
+    assert sorted(given[:24]) == sorted(given[24:]) == list(range(24)) and given[:24] != given[24:]
+
+
+# ---------------------------------------------------------------------------- checkpoint.py
+
+@contextlib.contextmanager
+def full_disk(size=100_000):
+    """No file may grow beyond `size` bytes: what a full disk does to whoever writes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on(tmp_path, little, monkeypatch, capsys):
+    unbroken = run_train(tmp_path / "unbroken", "--steps", "5", "--save-every", "1")
+    honest = train.write
+
+    def write(path, write_to):
+        full = re.search("ckpt-0000000[34]", str(path))
+        with full_disk() if full else contextlib.nullcontext():
+            honest(path, write_to)
+        assert not list(tmp_path.glob("run/*.part"))
+    monkeypatch.setattr(train, "write", write)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:             # the last save fails: nothing is done yet
+        run_train(tmp_path / "run", "--steps", "4", "--save-every", "1")
+    said = capsys.readouterr()
+    assert stop.value.code == 1 and said.err.splitlines()[-1] == f"step 4: not saved; the last good checkpoint is " \
+        f"{tmp_path}/run/ckpt-00000002.pt, and the same command goes on from there"
+    lines = [line for line in said.out.splitlines() if "File too large" in line]
+    assert len(lines) == 2 and lines[0].startswith("step 3: ") and lines[0].endswith("the run goes on and will try again")
+    assert [file.name for file in sorted(tmp_path.glob("run/ckpt*"))] == ["ckpt-00000001.pt", "ckpt-00000002.pt"]
+    assert_same_bits(checkpoint.read(tmp_path / "run/ckpt-00000002.pt")["step"], 2)
+    monkeypatch.undo()
+    monkeypatch.setitem(uvit.PRESETS, "tiny", LITTLE)
+    resumed = run_train(tmp_path / "run", "--steps", "5", "--save-every", "1")
+    for part in ("step", "model", "ema", "optimizer"):
+        assert_same_bits(unbroken[part], resumed[part])
+
+
+def test_write_replaces_in_one_step_or_not_at_all(tmp_path):
+    checkpoint.write(tmp_path / "file", lambda file: file.write(b"old"))
+    with full_disk(), pytest.raises(OSError, match="File too large"):
+        checkpoint.write(tmp_path / "file", lambda file: torch.save(torch.zeros(100_000), file))
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.write(tmp_path / "file", lambda file: file.write(b"ne") and signal.raise_signal(signal.SIGINT))
+    assert [file.name for file in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_bytes() == b"old"
+    seen = []
+    checkpoint.write(tmp_path / "file", lambda file: file.write(b"new") and seen.append((tmp_path / "file").read_bytes()))
+    assert seen == [b"old"] and (tmp_path / "file").read_bytes() == b"new"
+    with pytest.raises(OSError):
+        checkpoint.write(tmp_path / "nowhere" / "file", lambda file: None)
+
+
+def test_log_has_whole_lines_only(tmp_path):
+    with checkpoint.lock(tmp_path / "log") as log:
+        for step in (1, 2, 3):
+            checkpoint.append(log, json.dumps(dict(step=step)))
+        whole = (tmp_path / "log").read_bytes()
+        with full_disk(50), pytest.raises(OSError):
+            checkpoint.append(log, json.dumps(dict(step=4, more="x" * 60)))
+        assert (tmp_path / "log").read_bytes() == whole
+        for torn in (b'{"step": 3', b"{}\n", b"\0\0\n", b'{"step": 9}\n'):
+            log.write(torn)
+            checkpoint.trim(log, 3)
+            assert (tmp_path / "log").read_bytes() == whole
+        checkpoint.trim(log, 1)
+        assert (tmp_path / "log").read_bytes() == b'{"step": 1}\n'
+        with pytest.raises(BlockingIOError):
+            checkpoint.lock(tmp_path / "log", patience=0)
+
+
+class Program:
+    """What a hostile file holds: code that runs when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, (os.environ["TRAP"],)
+
+
+def damage(kind, file, saved):
+    """Make file a bad copy of what it was."""
+    raw = file.read_bytes()
+    if kind == "program":
+        torch.save(saved | dict(extra=Program()), file)
+    elif kind == "program, bare pickle":
+        file.write_bytes(pickle.dumps(Program()))
+    elif kind == "program, old torch.save":
+        torch.save(saved | dict(extra=Program()), file, _use_new_zipfile_serialization=False)
+    elif kind == "truncated":
+        file.write_bytes(raw[:len(raw) // 2])
+    elif kind == "empty":
+        file.write_bytes(b"")
+    elif kind.startswith("bit"):                        # in the weights, where torch.load would not notice
+        at = int(len(raw) * float(kind.split()[1]))
+        file.write_bytes(raw[:at] + bytes([raw[at] ^ 64]) + raw[at + 1:])
+    elif kind == "newer format":
+        torch.save(saved | dict(format=2), file)
+    elif kind == "no format":
+        torch.save({key: value for key, value in saved.items() if key != "format"}, file)
+    elif kind == "bare weights":
+        torch.save(saved["ema"], file)
+    elif kind == "other architecture":
+        torch.save(saved | {part: {name: weight[..., :1] for name, weight in saved[part].items()} for part in ("model", "ema") if part in saved}, file)
+    elif kind == "other configuration":
+        torch.save(saved | dict(config=saved["config"] | dict(model="base")), file)
+    elif kind == "absurd configuration":
+        torch.save(saved | dict(config=saved["config"] | dict(res=10**9)), file)
+    elif kind == "configuration of a later version":
+        torch.save(saved | dict(config={**saved["config"], "depth": 7}), file)
+    elif kind == "compressed":
+        with zipfile.ZipFile(io.BytesIO(raw)) as old, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
+            for name in old.namelist():
+                new.writestr(name, old.read(name))
+
+
+BAD = {"program": "refused, for it holds more than tensors", "program, bare pickle": "not a checkpoint",
+       "program, old torch.save": "not a checkpoint", "truncated": "cut short", "empty": "cut short", "bit .1": "damaged", "bit .5": "damaged",
+       "bit .9": "damaged", "newer format": "format 2 is of a newer version of this code", "no format": "names no format",
+       "bare weights": "names no format", "other architecture": "network", "other configuration": "(network|--model base, now tiny)",
+       "absurd configuration": "(network|--res 1000000000, now 32)", "compressed": "damaged"}
+
+
+@pytest.mark.parametrize("kind", [*BAD, "configuration of a later version"])
+def test_bad_checkpoint_is_one_line_and_left_alone(tmp_path, little, trained_run, capsys, monkeypatch, kind):
+    monkeypatch.setenv("TRAP", str(tmp_path / "trap"))
+    words = BAD.get(kind, "was started with --depth 7, now None")
+    run, model = tmp_path / "run", tmp_path / "model.pt"
+    shutil.copytree(trained_run, run)
+    shutil.copy(run / "model.pt", model)
+    newest = sorted(run.glob("ckpt-*.pt"))[-1]
+    for file in (newest, model):
+        damage(kind, file, checkpoint.read(file))
+    before = {file: file.read_bytes() for file in [*run.iterdir(), model]}
+    error = one_line(capsys, train.main, [*SMALL, "--out", run, "--steps", "3"])
+    assert re.search(words, error) and str(run) in error, error
+    if kind in BAD:                                     # what sample.py has no use for does not disturb it
+        error = one_line(capsys, sampling.main, ["--ckpt", model, "--n", "1", "--steps", "1", "--out", tmp_path / "no"])
+        assert re.search(words, error) and error.startswith(f"--ckpt {model}: "), error
+    assert {file: file.read_bytes() for file in [*run.iterdir(), model]} == before
+    assert not (tmp_path / "trap").exists() and not (tmp_path / "no").exists()
+
+
+def test_damaged_newest_checkpoint_names_the_one_before(tmp_path, little, capsys):
+    run_train(tmp_path, "--steps", "2", "--save-every", "1")
+    (tmp_path / "ckpt-00000002.pt").write_bytes(b"torn")
+    error = one_line(capsys, train.main, [*SMALL, "--out", tmp_path, "--steps", "2"])
+    assert f"without that file the run goes on from {tmp_path}/ckpt-00000001.pt" in error
+    (tmp_path / "ckpt-00000002.pt").unlink()
+    assert run_train(tmp_path, "--steps", "2")["step"] == 2
+
+
+def test_run_leaves_no_file_process_or_open_file_behind(tmp_path, little):
+    run_train(tmp_path / "first", "--steps", "2", "--workers", "1", "--sample-every", "1", "--save-every", "1")
+    before = os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []
+    run_train(tmp_path / "run", "--steps", "6", "--workers", "2", "--sample-every", "2", "--save-every", "1")
+    assert len(os.listdir("/proc/self/fd") if before else []) <= len(before)
+    assert not multiprocessing.active_children() and not list(tmp_path.rglob("*.part"))
+    (tmp_path / "run/ckpt-00000007.pt.part").write_bytes(b"left by a kill")
+    run_train(tmp_path / "run", "--steps", "7")
+    assert not list(tmp_path.rglob("*.part"))
 
 
 def test_two_ranks_equal_one_process(tmp_path):
@@ -1146,7 +1445,7 @@ def test_random_streams_of_training_sampling_and_dropout_differ():
     assert len(seeds) == 6
 
 
-def test_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path, little, monkeypatch):
+def test_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path, little, monkeypatch, capsys):
     honest, calls = train.diffusion_loss, []
 
     def sometimes_nan(*args, **kwargs):
@@ -1157,10 +1456,61 @@ def test_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path, little,
     assert all(torch.isfinite(w).all() for w in [*saved["model"].values(), *saved["ema"].values()])
     assert [line["skipped"] for line in log_lines(tmp_path / "some")] == [0, 1, 2, 2]
 
-    monkeypatch.setattr(train, "diffusion_loss", lambda *args: honest(*args) * float("nan"))
+    assert all(math.isfinite(line["loss"]) for line in log_lines(tmp_path / "some") if line["loss"] is not None)
+    assert [line["norm"] for line in log_lines(tmp_path / "some")][1:3] == [None, None]         # JSON knows no NaN
+
+    calls.clear()
+    monkeypatch.setattr(train, "diffusion_loss", lambda *args: calls.append(0) or honest(*args) * float("nan" if len(calls) > 3 else 1))
     with pytest.raises(SystemExit) as stop:
-        run_train(tmp_path / "all", "--steps", "30")
-    assert stop.value.code == 1 and len(log_lines(tmp_path / "all")) < 12 and not list((tmp_path / "all").glob("*.pt"))
+        run_train(tmp_path / "all", "--steps", "30", "--save-every", "3", "--log-every", "100")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 1 and line.startswith("step 13: the last 10 gradients were not finite; the last good checkpoint is ")
+    assert "all/ckpt-00000012.pt" in line               # by step 12 nothing but step 3's weights
+    saved = checkpoint.read(tmp_path / "all/ckpt-00000012.pt")
+    assert all(torch.isfinite(w).all() for w in [*saved["model"].values(), *saved["ema"].values()]) and saved["skipped"] == 9
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, little, monkeypatch, capsys):
+    honest = torch._foreach_lerp_
+
+    def spoil(averages, weights, share):
+        honest(averages, weights, share)
+        if share < .85:                                 # from the fourth step on
+            weights[0].data[0] = float("inf")
+    monkeypatch.setattr(torch, "_foreach_lerp_", spoil)
+    with pytest.raises(SystemExit) as stop:
+        run_train(tmp_path, "--steps", "6", "--save-every", "1")
+    steps = sorted(tmp_path.glob("ckpt-*.pt"))
+    assert stop.value.code == 1 and f"the last good checkpoint is {steps[-1]}" in capsys.readouterr().err
+    for file in [*steps, tmp_path / "model.pt"]:
+        saved = checkpoint.read(file)
+        assert all(torch.isfinite(w).all() for w in [*saved.get("model", {}).values(), *saved["ema"].values()])
+
+
+def test_nan_in_one_ranks_gradient_leaves_all_ranks_with_the_same_finite_weights(tmp_path):
+    script = tmp_path / "poisoned.py"
+    script.write_text(f"""
+import os, sys
+sys.path.insert(0, {str(HERE)!r})
+import torch, train
+honest, calls = train.diffusion_loss, []
+def poisoned(net, *args):
+    calls.append(0)
+    poison = float("nan") if os.environ["RANK"] == "1" and len(calls) in (2, 4) else 1
+    return honest(net, *args) * poison
+train.diffusion_loss = poisoned
+copied, nets = train.copy.deepcopy, []
+train.copy.deepcopy = lambda net: nets.append(net) or nets.append(copied(net)) or nets[-1]
+train.main()
+torch.save([net.state_dict() for net in nets], {str(tmp_path)!r} + "/rank" + os.environ["RANK"])
+train.dist.destroy_process_group()
+""")
+    run_script(*TORCHRUN, "--nproc_per_node=2", script, *SMALL, "--steps", "6", "--out", tmp_path / "run")
+    first, second = (torch.load(tmp_path / f"rank{rank}") for rank in (0, 1))
+    assert_same_bits(first, second)
+    assert all(torch.isfinite(weight).all() for state in first for weight in state.values())
+    lines = log_lines(tmp_path / "run")
+    assert [line["skipped"] for line in lines] == [0, 1, 1, 2, 2, 2] and all(math.isfinite(line["loss"]) for line in lines)
 
 
 def test_changed_configuration_is_refused_with_the_difference_named(tmp_path, little, capsys):
@@ -1175,12 +1525,45 @@ def test_changed_configuration_is_refused_with_the_difference_named(tmp_path, li
     assert "done" in capsys.readouterr().out and last_checkpoint(tmp_path)["step"] == 2
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--res", "100"], "--res 100"), (["--res", "0"], "--res 0"), (["--res", "-64"], "--res -64"), (["--model", "huge"], "--model huge"),
-    (["--accum", "0"], "--accum 0"), (["--dropout", "1"], "--dropout 1"), (["--lr", "-1"], "--lr -1"), (["--data", "{tmp}/bad.zip"], "bad.zip"),
-    (["--patch", "haar"], "--patch haar"), (["--schedule", "linear"], "--schedule linear"), (["--batch", "9", "--accum", "2"], "--batch 9"),
-    (["--data", "{tmp}/nowhere"], "nowhere"), (["--data", "{tmp}/empty"], "no picture"), (["--data", "{tmp}/few", "--batch", "16"], "fewer than"),
-    (["--data", "{tmp}/broken", "--batch", "2"], "more than half")])
+WRONG = [       # flags of train.py, and what the one line must say: argument, value, what would be right
+    ("--res 100", "--res 100: must be a multiple of 8|--res 100: .*multiple of"), ("--res 0", "--res 0: must be at least 16"),
+    ("--res -64", "--res -64: must be at least 16"), ("--res abc", "--res abc: must be a whole number"),
+    ("--res 8x", "--res 8x: must be a whole number"), ("--res 64.5", "--res 64.5: must be a whole number"),
+    ("--res 1000000", "--res 1000000: must be at most 4096"), ("--res", "--res expected one argument"),
+    ("--reso 64", "--reso: no such argument, --res is one"), ("flowers", "flowers: no such argument, .* is one"),
+    ("--model huge", "--model huge: must be one of tiny, small, base, paper"), ("--patch haar", "--patch haar: must be one of dwt"),
+    ("--schedule linear", "--schedule linear: must be one of cosine"), ("--loss l1", "--loss l1: must be one of eps"),
+    ("--multiscale maybe", "--multiscale maybe: must be one of on, off"), ("--bf16 yes", "--bf16 yes: must be one of on, off"),
+    ("--batch 9 --accum 2", "--batch 9: must be a multiple of 2"), ("--batch -8", "--batch -8: must be at least 0"),
+    ("--accum 0", "--accum 0: must be at least 1"), ("--steps 1e3", "--steps 1e3: must be a whole number"),
+    ("--steps -1", "--steps -1: must be at least 0"), ("--lr -1", "--lr -1.0: must be at least 0"),
+    ("--lr nan", "--lr nan: must be a finite number"), ("--lr 1e999", "--lr 1e999: must be a finite number"),
+    ("--clip 0", "--clip 0.0: must be at least"), ("--ema 1", "--ema 1.0: must be from 0 to below 1"),
+    ("--dropout 1", "--dropout 1.0: must be from 0 to below 1"), ("--dropout -0.5", "--dropout -0.5: must be from 0 to below 1"),
+    ("--drop-label 1.5", "--drop-label 1.5: must be from 0 to below 1"), ("--seed -1", "--seed -1: must be at least 0"),
+    ("--seed 99999999999999999999", "--seed 9+: must be at most"), ("--workers -2", "--workers -2: must be at least -1"),
+    ("--save-every 0", "--save-every 0: must be at least 1"), ("--log-every 0", "--log-every 0: must be at least 1"),
+    ("--timeout 0", "--timeout 0.0: must be at least 0.05"), ("--noise-d 0", "--noise-d 0: must be at least 1"),
+    ("--data {tmp}/nowhere", "--data .*nowhere: no such folder or .zip"), ("--data {tmp}/empty", "--data .*empty: no picture there .*png"),
+    ("--data {tmp}/few --batch 16", "--data .*few: 8 pictures are fewer than --batch 16; add pictures or lower --batch"),
+    ("--data {tmp}/broken --batch 2", "--data .*broken: more than half cannot be read, [23] of 3 so far; .*png: Unid"),
+    ("--data {tmp}/bad.zip", "--data .*bad.zip: neither a folder nor a .zip that can be read"),
+    ("--out {tmp}/nowhere/run", "--out .*run: the folder it is to be in does not exist; make that first"),
+    ("--out {tmp}/bad.zip", "--out .*bad.zip: cannot be written to .File exists"),
+    ("--out /proc/run", "--out /proc/run: (cannot be written to|the folder it is to be in does not exist)")]
+
+
+def one_line(capsys, main, flags):
+    """A wrong call in this process -> what it said, which must be one line, with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([str(flag) for flag in flags])
+    printed, error = capsys.readouterr()
+    assert stop.value.code == 2 and error.count("\n") == 1 and error.endswith("\n") and not printed, (printed, error)
+    return error
+
+
+@pytest.mark.parametrize("flags, words", WRONG, ids=[flags for flags, _ in WRONG])
 def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, little, capsys, flags, words):
     (tmp_path / "empty").mkdir()
     write_folder(tmp_path / "few")
@@ -1188,18 +1571,45 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, little, capsys, flags
     (tmp_path / "bad.zip").write_bytes(b"PK no zip")
     for i in range(3):
         (tmp_path / f"broken/{i}.png").write_bytes(b"no")
-    with pytest.raises(SystemExit) as stop:
-        run_train(tmp_path / "run", "--steps", "1", *(flag.format(tmp=tmp_path) for flag in flags))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and words in error and error.count("\n") == 1, error
+    error = one_line(capsys, train.main, [*SMALL, "--out", tmp_path / "run", "--steps", "1", *flags.format(tmp=tmp_path).split()])
+    assert re.match(words, error), error
+    assert not (tmp_path / "run").exists()
+
+
+def test_batch_3_on_2_ranks_is_refused_once(tmp_path, little, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    error = one_line(capsys, train.main, [*SMALL, "--batch", "3", "--out", tmp_path / "run"])
+    assert error == "--batch 3: must be a multiple of 2, 2 ranks x --accum 1\n"
+    monkeypatch.undo()
+    output = run_script(*TORCHRUN, "--nproc_per_node=2", "train.py", "--batch", "3", "--out", tmp_path / "run", code=1)  # torchrun's
+    assert output.count(error) == 1 and "exitcode  : 2" in output
 
 
 def test_corrupt_file_is_named_once_in_training(tmp_path, little, capsys):
+    """Over several epochs, after a resume, and by loaders: one line, and a count at the end."""
     write_folder(tmp_path / "set", 8)
     (tmp_path / "set/a/bad.png").write_bytes(b"this is not a picture")
-    run_train(tmp_path / "run", "--data", str(tmp_path / "set"), "--steps", "4")
+    for steps, workers in (("4", "0"), ("6", "0"), ("9", "2")):
+        run_train(tmp_path / "run", "--data", str(tmp_path / "set"), "--steps", steps, "--workers", workers)
     printed = "".join(capsys.readouterr())
     assert printed.count("skipped a/bad.png: UnidentifiedImageError") == 1
+    assert printed.count(f"1 of 9 pictures could not be read and were skipped: {tmp_path}/run/broken.txt") == 3
+    assert (tmp_path / "run/broken.txt").read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize("workers", "02")
+def test_more_than_half_broken_stops_the_run(tmp_path, little, capsys, workers):
+    """Twelve of twenty, of which the first sixteen pictures show too few: found out on the way, and nothing is saved."""
+    write_folder(tmp_path / "set", 200, (16, 16))
+    order = np.random.default_rng((1, 0, 0)).permutation(200)
+    names = data.Pictures(tmp_path / "set", 16).names
+    for i in order[32:140]:
+        (tmp_path / "set" / names[i]).write_bytes(b"no picture")
+    with pytest.raises(SystemExit) as stop:
+        run_train(tmp_path / "run", "--data", str(tmp_path / "set"), "--res", "16", "--steps", "30", "--workers", workers)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and re.search(r"more than half cannot be read, 1\d\d of 200 so far; .*: Unid", error), error
+    assert not list((tmp_path / "run").glob("*.pt"))
 
 
 def test_compiled_and_bf16_training_follows_the_plain_one(tmp_path, little):

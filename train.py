@@ -205,12 +205,16 @@ def main(argv=None):
         if "RANK" not in os.environ:
             return train(config, 0, 1, device, at_exit)
 
-        # CPU tensors travel by gloo, the gradients of GPUs by NCCL. Of --timeout nine tenths are
-        # for the ranks to meet, the last for finding out who does not come.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(minutes=.9 * config.timeout))
-        group, hosts = dist.new_group(backend="gloo"), [None] * world
-        dist.all_gather_object(hosts, socket.gethostname())
+        # CPU tensors travel by gloo, the gradients of GPUs by NCCL. Of --timeout eight tenths are
+        # for the ranks to meet, one for finding out who does not come, one to leave.
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                    timeout=timedelta(minutes=.8 * config.timeout))
+            group, hosts = dist.new_group(backend="gloo"), [None] * world
+            dist.all_gather_object(hosts, socket.gethostname())
+        except RuntimeError as error:
+            fail(f"rank {rank} on {socket.gethostname()}: the other ranks did not come: "
+                 f"{str(error).splitlines()[0]}", 1, every_rank=True)
         try:
             train(config, rank, world, device, at_exit)
             dist.barrier()                  # leave together
@@ -299,8 +303,8 @@ def train(config, rank, world, device, at_exit):
         try:
             saved = read(newest)
         except ValueError as error:
-            older = sorted(map(str, out.glob("ckpt-*.pt")))[:-1]
-            fail(f"{error}" + f"; without that file the run goes on from {older[-1]}" * bool(older))
+            older = sorted(map(str, out.glob("ckpt-*.pt")))[:-1] or ["the start"]
+            fail(f"{error}; without that file the run goes on from {older[-1]}")
         for name in dict.fromkeys([*vars(config), *saved["config"]]):
             was, now = saved["config"].get(name), getattr(config, name, None)
             if name not in MAY_CHANGE and now != was:
@@ -487,6 +491,7 @@ def train(config, rank, world, device, at_exit):
             dist.all_reduce(ends, dist.ReduceOp.MAX)
         stop, diverged, unreadable = ends.tolist()
         if diverged:
+            bar.close()
             fail(f"step {done}: the last {NOT_FINITE_AT_MOST} gradients were not finite; the last "
                  f"good checkpoint is {last_good()}; a new --out with a lower --lr may do", 1)
 
@@ -511,6 +516,7 @@ def train(config, rank, world, device, at_exit):
             total.zero_()
             clock, last = time.time(), done
         if unreadable:
+            bar.close()
             fail_for_pictures()
         due = config.sample_every and (done % config.sample_every == 0 or done == config.steps)
         if due and not stop:
@@ -521,6 +527,7 @@ def train(config, rank, world, device, at_exit):
             all_of_it = [*model.parameters(), *ema.parameters(),
                          *(part for parts in optimizer.state.values() for part in parts.values())]
             if not torch.nn.utils.get_total_norm(all_of_it).isfinite():
+                bar.close()
                 fail(f"step {done}: weights are no longer finite, nothing was saved; the last good "
                      f"checkpoint is {last_good()}; a new --out with a lower --lr may do", 1)
             kept = attempt(save) if master else True

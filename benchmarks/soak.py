@@ -172,7 +172,7 @@ def signals(work, steps=150):
             ("torchrun, SIGTERM to one rank", ranks(2), signal.SIGTERM, "rank"),
             ("torchrun, SIGTERM to torchrun", ranks(2), signal.SIGTERM, "main"),
             ("torchrun, Ctrl-C", ranks(2), signal.SIGINT, "group"),
-            ("torchrun shielded, SIGTERM to all", None, signal.SIGTERM, "group")):
+            ("torchrun shielded, SIGTERM to all", None, signal.SIGTERM, "all")):
         out, log = work / re.sub(r"\W+", "-", name), work / re.sub(r"\W+", "-", name + " log")
         shield = launcher is None
         launcher = launcher or ranks(2, "--signals-to-handle=SIGQUIT")
@@ -182,7 +182,10 @@ def signals(work, steps=150):
         process = start(command, log, preexec_fn=before)
         wait_for(lambda: (out / "log.jsonl").exists() and len(log_lines(out)) >= 3)
         told = time.time()
-        if whom == "group":
+        if whom == "all":
+            for pid in processes(out):
+                kill(pid, number)
+        elif whom == "group":
             os.killpg(process.pid, number)
         else:
             kill(rank_pids(process)[1] if whom == "rank" else process.pid, number)
