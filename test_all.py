@@ -1642,19 +1642,95 @@ def test_sample_writes_grid_pngs_and_npz_the_same_on_one_rank_or_two(tmp_path, t
     assert not np.array_equal(one[0], one[1])
 
 
-def test_sample_takes_labels_by_name_or_number_and_refuses_others(tmp_path, trained_run, capsys):
+def test_sample_takes_labels_by_name_or_number(tmp_path, trained_run):
     common = ["--ckpt", str(trained_run / "model.pt"), "--n", "2", "--steps", "2", "--sampler", "ddim"]
     for i, label in enumerate(["5 petals", "2"]):
         sampling.main([*common, "--out", str(tmp_path / str(i)), "--label", label])
     assert np.array_equal(*(np.load(tmp_path / i / "samples.npz")["arr_0"] for i in "01"))
-    capsys.readouterr()
-    for flags, words in [(["--label", "rose"], "--label rose"), (["--label", "10"], "--label 10"), (["--gamma", "2"], "--gamma 2"),
-                         (["--n", "0"], "--n 0"), (["--seed", "-1"], "--seed -1"),
-                         (["--ckpt", "nowhere.pt"], "nowhere.pt"), (["--ckpt", str(HERE / "LICENSE")], "LICENSE: not a checkpoint")]:
-        with pytest.raises(SystemExit) as stop:
-            sampling.main([*common, "--out", str(tmp_path / "no"), *flags])
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and words in error and error.count("\n") == 1
+
+
+WRONG_SAMPLES = [
+    ("--label rose", "--label rose: must be one of 0 to 9, or of 3 petals, 4 petals"), ("--label 10", "--label 10: must be one of 0 to 9"),
+    ("--label ²", "--label ²: must be one of 0 to 9"), ("--gamma 2", "--gamma 2.0: must be at most 1"),
+    ("--gamma -1", "--gamma -1.0: must be at least 0"), ("--gamma nan", "--gamma nan: must be a finite number"),
+    ("--guidance -1", "--guidance -1.0: must be at least 0"), ("--guidance much", "--guidance much: must be a finite number"),
+    ("--n 0", "--n 0: must be at least 1"), ("--n many", "--n many: must be a whole number"), ("--steps 0", "--steps 0: must be at least 1"),
+    ("--batch 0", "--batch 0: must be at least 1"), ("--seed -1", "--seed -1: must be at least 0"),
+    ("--sampler euler", "--sampler invalid choice: 'euler' .choose from '?ancestral'?, '?ddim'?"),
+    ("--samples 3", "--samples: no such argument, --sampler is one"), ("--ckpt {tmp}/nowhere.pt", "--ckpt .*nowhere.pt: No such file"),
+    ("--ckpt {tmp}", "--ckpt .*: Is a directory"), ("--ckpt {tmp}/empty.pt", "--ckpt .*empty.pt: not a checkpoint, or cut short"),
+    ("--ckpt {here}/LICENSE", "--ckpt .*LICENSE: not a checkpoint"), ("--out {tmp}/empty.pt", "--out .*empty.pt: cannot be used .*name another folder"),
+    ("--out {tmp}/mine", "--out .*mine: holds other pictures .000007.png.: name another folder"),
+    ("--ckpt {tmp}/plain.pt --guidance 2", "--guidance 2.0: needs a model with classes, and .*plain.pt was trained without"),
+    ("--ckpt {tmp}/plain.pt --label 1", "--label 1: needs a model with classes, and .*plain.pt was trained without")]
+
+
+@pytest.mark.parametrize("flags, words", WRONG_SAMPLES, ids=[flags for flags, _ in WRONG_SAMPLES])
+def test_wrong_call_of_sample_is_one_line_and_exit_code_2(tmp_path, trained_run, capsys, flags, words):
+    (tmp_path / "empty.pt").touch()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/000007.png").write_bytes(b"a picture of the user's own")
+    saved = checkpoint.read(trained_run / "model.pt")
+    config = saved["config"]
+    torch.save(saved | dict(classes=[], ema=uvit.UViT.from_config(config, 0).state_dict()), tmp_path / "plain.pt")
+    before = sorted(tmp_path.rglob("*"))
+    flags = ["--ckpt", trained_run / "model.pt", "--n", "1", "--steps", "1", "--out", tmp_path / "new",
+             *flags.format(tmp=tmp_path, here=HERE).split()]
+    error = one_line(capsys, sampling.main, flags)
+    assert re.match(words, error), error
+    assert [path for path in sorted(tmp_path.rglob("*")) if path.name != "settings.json"] == before
+
+
+def test_sample_without_a_model_says_how_to_get_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "no model.pt under runs/: train one first (python train.py) or name it (--ckpt)" in one_line(capsys, sampling.main, [])
+
+
+def test_sample_killed_half_way_goes_on_to_the_same_pictures(tmp_path, trained_run, monkeypatch, capsys):
+    flags = ["--ckpt", str(trained_run / "model.pt"), "--n", "14", "--batch", "4", "--steps", "2", "--out"]
+    sampling.main([*flags, str(tmp_path / "unbroken")])
+    honest = sampling.write
+
+    def killed(path, write_to):
+        if path.name == "000009.png":
+            (tmp_path / "killed/000009.png.part").write_bytes(b"half a pict")
+            raise KeyboardInterrupt
+        honest(path, write_to)
+    monkeypatch.setattr(sampling, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sampling.main([*flags, str(tmp_path / "killed")])
+    kept = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "killed").glob("0*.png")}
+    assert sorted(kept) == [f"{i:06d}.png" for i in range(9)]
+    monkeypatch.undo()
+    sampling.main([*flags, str(tmp_path / "killed")])
+    names = sorted(file.name for file in (tmp_path / "unbroken").iterdir())
+    assert names == sorted(file.name for file in (tmp_path / "killed").iterdir()) and len(names) == 14 + 3
+    for name in names:
+        assert name == "samples.npz" or (tmp_path / "unbroken" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+    assert np.array_equal(*(np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("unbroken", "killed")))
+    again = {name for name, when in kept.items() if (tmp_path / "killed" / name).stat().st_mtime_ns != when}
+    assert again == {"000008.png"}                      # of the batch that was not whole
+
+    error = one_line(capsys, sampling.main, [*flags, tmp_path / "killed", "--seed", "1"])
+    assert "holds other pictures (--seed 0, now 1): name another folder" in error
+    with full_disk(500), pytest.raises(SystemExit) as stop:
+        sampling.main([*flags, str(tmp_path / "full")])
+    assert stop.value.code == 1 and "File too large; what is there is whole" in capsys.readouterr().err
+    assert not list((tmp_path / "full").glob("*.p*"))
+
+
+def test_sample_starts_over_in_its_own_folder_when_asked_for_others(tmp_path, trained_run, monkeypatch):
+    """samples/ is for a quick look: other settings replace what was there, the same settings keep it."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--ckpt", str(trained_run / "model.pt"), "--steps", "1"]
+    sampling.main([*flags, "--n", "3"])
+    first = {file.name: file.read_bytes() for file in Path("samples").glob("0*.png")}
+    when = Path("samples/000000.png").stat().st_mtime_ns
+    sampling.main([*flags, "--n", "3"])
+    assert Path("samples/000000.png").stat().st_mtime_ns == when
+    sampling.main([*flags, "--n", "2", "--seed", "1"])
+    second = {file.name: file.read_bytes() for file in Path("samples").glob("0*.png")}
+    assert len(first) == 3 and len(second) == 2 and first["000000.png"] != second["000000.png"]
 
 
 def test_sample_takes_the_newest_run(tmp_path, trained_run, monkeypatch, capsys):
