@@ -207,8 +207,15 @@ def main(argv=None):
 
         # CPU tensors travel by gloo, the gradients of GPUs by NCCL. Of --timeout eight tenths are
         # for the ranks to meet, one for finding out who does not come, one to leave.
+        env, store = os.environ, None
+        if env.get("TORCHELASTIC_USE_AGENT_STORE") and env.get("LOCAL_WORLD_SIZE") == str(world):
+            # torchrun --max-restarts: a rank is not to find the addresses of its last life
+            # (pytorch issue 135712). Several nodes count restarts apart: they need --node-rank.
+            agent = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
+            store = dist.PrefixStore(f"life {env['TORCHELASTIC_RESTART_COUNT']}", agent)
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                    store=store, rank=rank, world_size=world,
                                     timeout=timedelta(minutes=.8 * config.timeout))
             group, hosts = dist.new_group(backend="gloo"), [None] * world
             dist.all_gather_object(hosts, socket.gethostname())

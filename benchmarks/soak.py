@@ -134,8 +134,11 @@ def kills(work, count=50, steps=600):
         done, whom[who] = done + 1, whom.get(who, 0) + 1
         in_save += bool(list(out.glob("*.part")))
         for file in out.glob("*.pt"):
-            read(file)
-            read_ok += 1
+            try:
+                read(file)
+                read_ok += 1
+            except ValueError:              # an orphan, on its way out, keeps but two checkpoints
+                assert not file.exists(), f"unreadable: {file}"
     finish(command, log)
     assert_same_run(unbroken, out)
     wait_for(lambda: not processes(out), 30)
