@@ -1093,6 +1093,18 @@ def test_sigterm_and_ctrl_c_save_and_leave_with_code_0_within_one_step(tmp_path,
     assert_same_run(unbroken("one process"), tmp_path)
 
 
+def test_sigterm_does_not_wait_for_the_report(tmp_path, little, monkeypatch, capsys):
+    honest = train.sample
+
+    def told(model, *more, **options):
+        signal.raise_signal(signal.SIGTERM)
+        return honest(model, *more, **options)
+    monkeypatch.setattr(train, "sample", told)
+    assert run_train(tmp_path, "--steps", "9", "--sample-every", "2")["step"] == 3
+    assert "stopped and saved at step 3" in capsys.readouterr().out and not list(tmp_path.glob("grid*"))
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 @linux
 def test_ranks_save_and_leave_when_torchrun_is_killed_or_one_of_them_is_told_to(tmp_path, unbroken):
     command = [*LAUNCHERS["two ranks"], "train.py", *RUN, tmp_path]
@@ -1459,6 +1471,10 @@ def test_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path, little,
     assert all(math.isfinite(line["loss"]) for line in log_lines(tmp_path / "some") if line["loss"] is not None)
     assert [line["norm"] for line in log_lines(tmp_path / "some")][1:3] == [None, None]         # JSON knows no NaN
 
+    monkeypatch.setattr(train, "diffusion_loss", honest)
+    run_train(tmp_path / "some", "--steps", "5")
+    assert log_lines(tmp_path / "some")[-1]["skipped"] == 2                                     # of the whole run
+
     calls.clear()
     monkeypatch.setattr(train, "diffusion_loss", lambda *args: calls.append(0) or honest(*args) * float("nan" if len(calls) > 3 else 1))
     with pytest.raises(SystemExit) as stop:
@@ -1746,7 +1762,8 @@ def test_sample_takes_the_newest_run(tmp_path, trained_run, monkeypatch, capsys)
 # ---------------------------------------------------------------------------- README.md
 
 def test_every_flag_in_the_readme_exists():
-    known = {"--nproc_per_node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}              # torchrun's
+    known = {"--nproc_per_node", "--nnodes", "--node-rank", "--master-addr", "--max-restarts", "--signals-to-handle",
+             "--shutdown-timeout"}          # torchrun's
     for script in ("train.py", "sample.py"):
         known |= set(re.findall(r"--[a-z0-9-]+", run_script(*PYTHON, script, "--help")))
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", (HERE / "README.md").read_text()))

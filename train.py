@@ -559,7 +559,7 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("stopped before the first step: the same command starts again")
+        print("stopped: the same command goes on from the last checkpoint")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

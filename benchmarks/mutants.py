@@ -2,6 +2,7 @@
 
     python benchmarks/mutants.py              schedule, wavelet, losses, samplers, network
     python benchmarks/mutants.py trainer      the trainer and the loader
+    python benchmarks/mutants.py survival     what a run survives, and what is refused
 
 Each row is one wrong sign, factor, argument or index, and the first test that it turns red. A row that
 ends in SURVIVED is a formula no test guards; the exit code counts them.
@@ -130,7 +131,7 @@ TRAINER_MUTANTS = [     # and the tests that may notice, since these take longer
     ("train.py", "min(1, (step + 1) / config.warmup)", "min(1, (step + 2) / config.warmup)", "first_step"),
     ("train.py", "clip_grad_norm_(model.parameters(), config.clip)", "clip_grad_norm_(model.parameters(), 1e9)", "first_step"),
     ("train.py", "(~norm.isfinite()).float()", "(~norm.isfinite()).float() * 0", "finite"),
-    ("train.py", "if longest >= 10", "if longest >= 100", "finite"),
+    ("train.py", "NOT_FINITE_AT_MOST = 10 ", "NOT_FINITE_AT_MOST = 11 ", "finite"),
     ("train.py", "torch.where(u < config.drop_label, classes, label)", "torch.where(u > config.drop_label, classes, label)", "dropped"),
     ("train.py", "        with torch.no_grad():\n            torch._foreach", "        if True:\n            torch._foreach", "graph_behind"),
     ("data.py", "divmod(n, len(self.names))", "divmod(n + 1, len(self.names) + 1)", "epoch"),
@@ -138,6 +139,55 @@ TRAINER_MUTANTS = [     # and the tests that may notice, since these take longer
     ("data.py", "crop = crop[:, ::-1]", "crop = crop[::-1]", "flip"),
     ("data.py", "self.order[1][(place + k) % len(self.names)]", "self.order[1][(place + k) % 2]", "epoch"),
     ("sample.py", "TRAINING, SAMPLING, DROPOUT = 1, 2, 3", "TRAINING, SAMPLING, DROPOUT = 1, 1, 1", "streams"),
+]
+
+SURVIVAL_MUTANTS = [
+    ("checkpoint.py", "with open(part, \"wb\") as file:", "with open(path, \"wb\") as file:", "write_replaces"),
+    ("checkpoint.py", "            part.unlink(missing_ok=True)\n", "            pass\n", "write_replaces"),
+    ("checkpoint.py", "            cause = cause.__context__", "            cause = None", "full_disk"),
+    ("checkpoint.py", "damaged = archive.testzip()", "damaged = None", "bad_checkpoint"),
+    ("checkpoint.py", "if compressed or damaged:", "if damaged:", "bad_checkpoint"),
+    ("checkpoint.py", "weights_only=True", "weights_only=False", "bad_checkpoint"),
+    ("checkpoint.py", "if saved[\"format\"] > FORMAT:", "if saved[\"format\"] > 99:", "bad_checkpoint"),
+    ("checkpoint.py", "        file.truncate(end)\n        raise", "        raise", "whole_lines"),
+    ("checkpoint.py", "if json.loads(line)[\"step\"] > step or not line.endswith(b\"\\n\"):", "if not line.endswith(b\"\\n\"):", "whole_lines"),
+    ("checkpoint.py", "> step or not line.endswith(b\"\\n\"):", "> step:", "whole_lines"),
+    ("checkpoint.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", "one_command"),
+    ("train.py", "os.getppid() != PARENT", "False", "torchrun_is_killed"),
+    ("train.py", "dist.all_reduce(ends, dist.ReduceOp.MAX)", "pass", "torchrun_is_killed"),
+    ("train.py", "asked.append(signum)", "None", "sigterm_does_not"),
+    ("train.py", "            if asked:\n                raise InterruptedError\n", "", "sigterm_does_not"),
+    ("train.py", ", worker_init_fn=ignore_signals", "", "sigterm_and_ctrl_c"),
+    ("train.py", "at_exit.callback(signal.signal, told, before)", "pass", "sigterm_does_not"),
+    ("train.py", "too_many()]).int()", "False]).int()", "more_than_half"),
+    ("train.py", "            found |= skips\n", "", "more_than_half"),
+    ("train.py", "broken.keys() - named", "broken.keys()", "named_once"),
+    ("train.py", "            named.add(name)\n", "", "named_once"),
+    ("train.py", "            skipped += saved[\"skipped\"]\n", "", "never_reaches"),
+    ("train.py", "if not torch.nn.utils.get_total_norm(all_of_it).isfinite():", "if False:", "never_saved"),
+    ("train.py", "torch.stack([loss.nan_to_num(0, 0, 0), loss.isfinite().float()])", "torch.stack([loss, loss.new_ones(())])", "never_reaches"),
+    ("train.py", "if math.isfinite(value) else None", "if True else None", "never_reaches"),
+    ("train.py", "f\"life {env['TORCHELASTIC_RESTART_COUNT']}\"", "\"life\"", "max_restarts"),
+    ("train.py", "        except RuntimeError:\n            silent.append(rank)\n    return", "        except RuntimeError:\n            pass\n    return", "max_restarts"),
+    ("train.py", "        except OSError as error:\n            tqdm.write", "        except ZeroDivisionError as error:\n            tqdm.write", "full_disk"),
+    ("train.py", "    if not kept:\n", "    if False:\n", "full_disk"),
+    ("train.py", "for part in out.glob(\"*.part\"):", "for part in []:", "leaves_no"),
+    ("train.py", "at_exit.callback(log.close)", "pass", "leaves_no"),
+    ("train.py", "not Path(config.out).absolute().parent.is_dir()", "False", "wrong_input"),
+    ("data.py", "if image.width * image.height > MAX_PIXELS:", "if False:", "unfit"),
+    ("data.py", "Image.open(self.file(name), formats=FORMATS)", "Image.open(self.file(name))", "unfit"),
+    ("data.py", "        self.broken[printable(name)] = why\n        return {printable(name): why}", "        self.broken[name] = why\n        return {name: why}", "unfit"),
+    ("data.py", "onerror=unread, ", "", "unreadable"),
+    ("data.py", "if part not in (\"\", \".\", \"..\")]", "if part not in (\"\", \".\")]", "lead_out"),
+    ("data.py", "and name[-1] != \"/\" ", "", "lead_out"),
+    ("data.py", "top = 1 if deep.max() <= 1 else", "top = 255 if deep.max() <= 1 else", "every_kind"),
+    ("data.py", "nan=0, posinf=0", "nan=9, posinf=0", "every_kind"),
+    ("data.py", ".clip(0, 65535)\n", ".clip(0, 255)\n", "every_kind"),
+    ("sample.py", "if not all((out / pictures[i]).exists() for i in indices):", "if True:", "half_way"),
+    ("sample.py", "if not all((out / pictures[i]).exists() for i in indices):", "if not any((out / pictures[i]).exists() for i in indices):", "half_way"),
+    ("sample.py", "                    (out / name).unlink(missing_ok=True)\n", "                    pass\n", "starts_over"),
+    ("sample.py", "if strangers or text and differ and args.out:", "if strangers:", "half_way"),
+    ("sample.py", "strangers = not text and list(", "strangers = False and list(", "wrong_call"),
 ]
 
 
@@ -163,5 +213,5 @@ def main(mutants):
 
 
 if __name__ == "__main__":
-    trainer = sys.argv[1:] == ["trainer"]
-    sys.exit(main(TRAINER_MUTANTS if trainer else [(*mutant, TESTS) for mutant in MUTANTS]))
+    lists = dict(formulas=[(*mutant, TESTS) for mutant in MUTANTS], trainer=TRAINER_MUTANTS, survival=SURVIVAL_MUTANTS)
+    sys.exit(main(lists[(sys.argv[1:] or ["formulas"])[0]]))
