@@ -203,32 +203,34 @@ def main(argv=None):
     config.bf16 = config.bf16 or ("on" if has_bf16 else "off")
     with ExitStack() as at_exit:
         if "RANK" not in os.environ:
-            return train(config, 0, 1, device, at_exit)
+            return train(config, 0, 1, device, None, at_exit)
 
-        # CPU tensors travel by gloo, the gradients of GPUs by NCCL. Of --timeout eight tenths are
-        # for the ranks to meet, one for finding out who does not come, one to leave.
-        env, store = os.environ, None
-        if env.get("TORCHELASTIC_USE_AGENT_STORE") and env.get("LOCAL_WORLD_SIZE") == str(world):
+        env, store, timeout = os.environ, None, timedelta(minutes=config.timeout)
+        one_node = env.get("LOCAL_WORLD_SIZE") == str(world)
+        if one_node and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # torchrun --max-restarts: a rank is not to find the addresses of its last life
             # (pytorch issue 135712). Several nodes count restarts apart: they need --node-rank.
             agent = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
             store = dist.PrefixStore(f"life {env['TORCHELASTIC_RESTART_COUNT']}", agent)
+        # Gradients travel by NCCL or gloo. By `meet` the processes agree, whatever the GPUs are at;
+        # they have eight tenths of --timeout to come, then one to answer by `ask`.
         try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                    store=store, rank=rank, world_size=world,
-                                    timeout=timedelta(minutes=.8 * config.timeout))
-            group, hosts = dist.new_group(backend="gloo"), [None] * world
-            dist.all_gather_object(hosts, socket.gethostname())
+            nccl = device.type == "cuda"
+            dist.init_process_group("nccl" if nccl else "gloo", store=store, rank=rank,
+                                    world_size=world, timeout=timeout if nccl else .8 * timeout)
+            meet, ask = (dist.new_group(backend="gloo", timeout=.8 * timeout) for _ in range(2))
+            hosts = [None] * world
+            dist.all_gather_object(hosts, socket.gethostname(), meet)
         except RuntimeError as error:
             fail(f"rank {rank} on {socket.gethostname()}: the other ranks did not come: "
                  f"{str(error).splitlines()[0]}", 1, every_rank=True)
         try:
-            train(config, rank, world, device, at_exit)
-            dist.barrier()                  # leave together
+            train(config, rank, world, device, meet, at_exit)
+            dist.barrier(meet)              # leave together
         except RuntimeError as error:
             if "gloo" not in str(error) and not isinstance(error, dist.DistError):
                 raise
-            silent = silent_ranks(group, 6 * config.timeout)
+            silent = silent_ranks(ask, .1 * timeout.total_seconds())
             if not silent:
                 raise
             who = ", ".join(f"rank {lost} on {hosts[lost]}" for lost in silent)
@@ -237,7 +239,7 @@ def main(argv=None):
             os._exit(1)                     # what is left of the group would wait for them
 
 
-def train(config, rank, world, device, at_exit):
+def train(config, rank, world, device, meet, at_exit):
     ddp, cuda, master = "RANK" in os.environ, device.type == "cuda", rank == 0
     bf16, micro = config.bf16 == "on", config.batch // (world * config.accum)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = bf16
@@ -299,7 +301,7 @@ def train(config, rank, world, device, at_exit):
             trouble = f"--out {out}: cannot be written to ({error.strerror or error})"
     if ddp:
         seen = [newest, trouble]
-        dist.broadcast_object_list(seen)
+        dist.broadcast_object_list(seen, group=meet)
         newest, trouble = seen
     if trouble:
         fail(trouble)
@@ -398,7 +400,7 @@ def train(config, rank, world, device, at_exit):
         except InterruptedError:            # told to stop: no time for pictures
             drawn = None
         if ddp:
-            dist.gather_object(drawn, parts if master else None)
+            dist.gather_object(drawn, parts if master else None, group=meet)
         else:
             parts = [drawn]
         if not master or any(part is None for part in parts):
@@ -495,7 +497,7 @@ def train(config, rank, world, device, at_exit):
         orphan = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT
         ends = torch.tensor([bool(asked) or orphan, news >= NOT_FINITE_AT_MOST, too_many()]).int()
         if ddp:
-            dist.all_reduce(ends, dist.ReduceOp.MAX)
+            dist.all_reduce(ends, dist.ReduceOp.MAX, meet)
         stop, diverged, unreadable = ends.tolist()
         if diverged:
             bar.close()
@@ -506,7 +508,7 @@ def train(config, rank, world, device, at_exit):
             if ddp:
                 dist.all_reduce(total)
                 every = [None] * world
-                dist.all_gather_object(every, found)
+                dist.all_gather_object(every, found, meet)
                 found = dict(ChainMap(*every))
             broken, found = found | broken, {}
             mean = (total[0] / total[1]).item()     # waits for the GPU: before the clock

@@ -154,7 +154,7 @@ SURVIVAL_MUTANTS = [
     ("checkpoint.py", "> step or not line.endswith(b\"\\n\"):", "> step:", "whole_lines"),
     ("checkpoint.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", "one_command"),
     ("train.py", "os.getppid() != PARENT", "False", "torchrun_is_killed"),
-    ("train.py", "dist.all_reduce(ends, dist.ReduceOp.MAX)", "pass", "torchrun_is_killed"),
+    ("train.py", "dist.all_reduce(ends, dist.ReduceOp.MAX, meet)", "pass", "torchrun_is_killed"),
     ("train.py", "asked.append(signum)", "None", "sigterm_does_not"),
     ("train.py", "            if asked:\n                raise InterruptedError\n", "", "sigterm_does_not"),
     ("train.py", ", worker_init_fn=ignore_signals", "", "sigterm_and_ctrl_c"),

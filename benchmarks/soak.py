@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -102,7 +101,7 @@ def assert_same_run(a, b):
         assert_same_bits(first[part], second[part])
 
 
-def kills(work, count=50, steps=600):
+def kills(work, count=50, steps=1000):
     """kill -9 of everything, of one rank, of torchrun alone; every third while a file is written."""
     rng, flags = random.Random(0), [*TRAIN, "--steps", steps, "--save-every", "4"]
     unbroken, out, log = work / "unbroken", work / "killed", work / "log"
@@ -118,10 +117,7 @@ def kills(work, count=50, steps=600):
         victims = rank_pids(process)
         who = rng.choice(["all", "rank 0", "rank 1", "torchrun"])
         if process.poll() is not None:
-            assert process.returncode == 0 or last_checkpoint(out)["step"] < steps, "an end of its own"
-            assert process.returncode == 0, log.read_text()[-3000:]
-            print("the run was over before all kills", flush=True)
-            break
+            raise AssertionError(f"an end of its own after {done} kills: {log.read_text()[-3000:]}")
         if who[:4] == "rank" and int(who[5:]) in victims:
             kill(victims[int(who[5:])])
         elif who == "torchrun":             # its ranks become orphans: they save and leave
@@ -477,21 +473,16 @@ def write_mutants(folder, count, rng):
 
 
 def pictures(work, count=12_000):
-    """Damaged files by the thousand, read as a user other than root, then trained on."""
-    warnings.simplefilter("error")
+    """Damaged files by the thousand, read, then trained on."""
     rng, folder = np.random.default_rng(0), work / "pictures"
     folder.mkdir()
     write_mutants(folder, count, rng)
-    os.chmod(work, 0o777)
     reader = f"""
 import os, resource, sys, time
-if os.getuid() == 0:
-    os.setgid(65534), os.setuid(65534)
 sys.path.insert(0, {str(HERE)!r})
 sys.stdout.reconfigure(errors="backslashreplace")
 import data
 data.CACHE_BYTES = 0
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 dataset = data.Pictures({str(folder)!r}, 64)
 slowest = (0, "")
 for i, name in enumerate(dataset.names):
@@ -506,18 +497,22 @@ for why in dataset.broken.values():
     kinds[why.split(":")[0]] = kinds.get(why.split(":")[0], 0) + 1
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(f"pictures: {{len(dataset.names)}} files, {{len(dataset.broken)}} broken: {{kinds}}")
-print(f"pictures: peak memory {{after / 1024:.0f}} MB, {{before / 1024:.0f}} MB of it before the first; slowest "
-      f"{{slowest[0]:.2f}} s for {{slowest[1]}}")
+print(f"pictures: peak memory {{after / 1024:.0f}} MB; slowest {{slowest[0]:.2f}} s, for {{slowest[1]}}")
 """
-    done = subprocess.run([sys.executable, "-c", reader], env=ENV, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0 and not done.stderr, done.stderr[-3000:]
+    # Root may read everything, but not without its capabilities.
+    as_user = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.getuid() == 0 else []
+    done = subprocess.run([*as_user, sys.executable, "-c", reader], env=ENV, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
     print(done.stdout, end="")
 
-    # Half of the files sound, so that the run does not stop, and all of them met by two ranks with loaders.
+    # As many sound ones, so that the run does not stop, and all of them met by two ranks with loaders.
+    for file in sorted(folder.glob("[0-9]*"))[count // 4:]:
+        file.unlink()
+    count //= 4
     for i in range(count):
         Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"sound-{i:05d}.png")
     total = 2 * count // 32 + 20
-    command = [*ranks(2), "train.py", *TRAIN, "--batch", "32", "--workers", "1", "--steps", total, "--data", folder]
+    command = [*as_user, *ranks(2), "train.py", *TRAIN, "--batch", "32", "--workers", "1", "--steps", total, "--data", folder]
     finish([*command, "--out", work / "run"], work / "log")
     named = re.findall(r"skipped (.*?): ", (work / "log").read_text())
     lines = (work / "run" / "broken.txt").read_text().splitlines()
