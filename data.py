@@ -107,7 +107,7 @@ class Flowers:
     """Endless flowers: class c has c + 3 petals. Indexing: see the module's docstring."""
 
     classes = [f"{k} petals" for k in range(3, 13)]
-    names, broken = [], {}
+    names, unread = [], {}
 
     def __init__(self, res, seed=0):
         self.res, self.seed = res, seed
@@ -124,16 +124,18 @@ class Flowers:
 def to_rgb(image):
     """Any picture PIL reads -> RGB, 8 bit: EXIF turn, transparency over white, 16 bit scaled.
 
-    Floats are taken to end at 1, 255 or 65535, the first that none exceeds.
+    Floats are taken to end at 1, 255 or 65535, the first that none exceeds by more than half.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):          # 16 bit: PIL's own convert would clip it
         deep = np.asarray(image, np.int32).clip(0, 65535)
         image = Image.fromarray(((deep + 128) // 257).astype(np.uint8))
     elif image.mode == "F":
-        deep = np.nan_to_num(np.asarray(image), nan=0, posinf=0, neginf=0)
-        top = 1 if deep.max() <= 1 else 255 if deep.max() <= 255 else 65535
-        image = Image.fromarray((deep.clip(0, top) * (255 / top)).round().astype(np.uint8))
+        deep = np.asarray(image)
+        most = np.max(deep, where=np.isfinite(deep), initial=0)
+        top = 1 if most <= 1.5 else 255 if most <= 255 * 1.5 else 65535
+        deep = np.nan_to_num(deep, nan=0).clip(0, top) * (255 / top)
+        image = Image.fromarray(deep.round().astype(np.uint8))
     if image.mode in ("LA", "PA", "La", "RGBa", "RGBA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -155,6 +157,10 @@ def printable(text):
                    for c in text)
 
 
+def reason(error):
+    return f"{type(error).__name__}: {printable(str(error))}"[:200]
+
+
 class Pictures:
     """A folder (walked recursively, links followed) or zip; first-level folders are the classes.
 
@@ -167,7 +173,7 @@ class Pictures:
     def __init__(self, path, res, seed=0, flip=True):
         self.path, self.res, self.seed, self.flip = str(path), res, seed, flip
         self.cache, self.cached, self.zip, self.order = {}, 0, None, (None, None)
-        self.broken = {}
+        self.broken, self.unread = {}, {}   # files, folders: {name: why}
         self.is_folder = os.path.isdir(self.path)
         try:
             self.names = sorted(self.folder_names() if self.is_folder else self.zip_names())
@@ -177,7 +183,7 @@ class Pictures:
             raise ValueError(f"--data {self.path}: neither a folder nor a .zip that can be read "
                              f"({printable(str(error))})")
         if not self.names:
-            why = "; ".join(self.broken.values()) or " ".join(sorted(ENDINGS))
+            why = "; ".join(self.unread.values()) or " ".join(sorted(ENDINGS))
             raise ValueError(f"--data {self.path}: no picture there ({why})")
         folders = [[part for part in name.split("/")[:-1] if part not in ("", ".", "..")]
                    for name in self.names]
@@ -191,14 +197,12 @@ class Pictures:
     def __getstate__(self):                 # to a worker process: open files and memory stay here
         return self.__dict__ | dict(zip=None, cache={}, cached=0)
 
-    def note(self, name, error):
-        why = f"{type(error).__name__}: {printable(str(error))}"[:200]
-        self.broken[printable(name)] = why
-        return {printable(name): why}
-
     def folder_names(self):
         seen = set()
-        unread = lambda error: self.note(os.path.relpath(error.filename, self.path), error)
+
+        def unread(error):
+            self.unread[os.path.relpath(error.filename, self.path)] = reason(error)
+
         for folder, folders, files in os.walk(self.path, onerror=unread, followlinks=True):
             real = os.path.realpath(folder)
             if real in seen:                # a link in a circle, or a second one to the same folder
@@ -250,7 +254,9 @@ class Pictures:
             try:
                 pixels = np.asarray(self.open(self.names[i]))
             except Exception as error:      # whatever PIL or the disk raises: the run must go on
-                return None, self.note(self.names[i], error)
+                self.broken[self.names[i]] = reason(error)
+                return None, {self.names[i]: reason(error)}
+            self.broken.pop(self.names[i], None)
             if self.cached + pixels.nbytes > CACHE_BYTES:
                 return pixels, {}
             self.cache[i], self.cached = pixels, self.cached + pixels.nbytes

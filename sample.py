@@ -236,7 +236,8 @@ def main(argv=None):
     # -- the folder: pictures of the same settings are kept, so that the same command goes on
     out, pictures = Path(args.out or "samples"), [f"{i:06d}.png" for i in range(args.n)]
     checksums = [info.CRC for info in zipfile.ZipFile(ckpt).infolist()]
-    settings = vars(args) | dict(ckpt=f"{zlib.crc32(repr(checksums).encode()):08x}", out="")
+    settings = vars(args) | dict(ckpt=f"{zlib.crc32(repr(checksums).encode()):08x}", out="",
+                                 device=device.type, bf16=bf16)
     trouble = [None]                        # what rank 0 says to all
     try:
         if rank == 0:
@@ -251,7 +252,7 @@ def main(argv=None):
                 what = strangers[0].name if strangers else differ[0]
                 trouble = [f"--out {out}: holds other pictures ({what}): name another folder"]
             elif differ:
-                for name in [f"{i:06d}.png" for i in range(was["n"])]:
+                for name in ["samples.npz", "grid.png", *(f"{i:06d}.png" for i in range(was["n"]))]:
                     (out / name).unlink(missing_ok=True)
                 held.truncate(0)
                 held.write(json.dumps(settings).encode())

@@ -708,7 +708,8 @@ def write_every_kind(folder):
     Image.fromarray(np.full((32, 48), 200 * 257 + 128, np.uint16)).save(folder / "deep.tif")
     Image.fromarray(np.full((32, 48), 200 * 257, np.int32)).save(folder / "whole.tiff")
     for name, value in [("float1.tif", 200 / 255), ("float255.tif", 200), ("float65535.tif", 200 * 257)]:
-        Image.fromarray(np.array([[value] * 47 + [np.nan]] * 32, np.float32)).save(folder / name)
+        row = [value] * 40 + [1.02 * value / 200 * 255] * 2 + [-value, np.nan, np.nan, np.inf, np.inf, np.inf]
+        Image.fromarray(np.array([row] * 32, np.float32)).save(folder / name)
     red, white = (255, 0, 0), (255, 255, 255)
     return {"rgb.png": red, "UPPER.PNG": red, "small.webp": red, "photo.JPG": red, "turned.jpg": red, "cmyk.jpg": red,
             "grey.png": (100,) * 3, "grey_alpha.png": (127,) * 3, "clear.png": white, "half.png": (204,) * 3,
@@ -724,6 +725,7 @@ def test_loader_reads_every_kind_of_picture(tmp_path):
         picture = np.asarray(dataset.open(name))
         assert picture.shape == (32, 48, 3), name
         assert np.abs(picture[16, 6].astype(int) - colour).max() <= 3, (name, picture[16, 6])
+        assert not name.startswith("float") or (picture[:, 47] > 240).all() and (picture[:, 43:45] < 40).all(), name    # inf, nan
 
 
 def write_folder(folder, count=8, size=(40, 32), classes=("a", "b")):
@@ -824,11 +826,11 @@ def test_unfit_files_are_named_with_the_reason_and_nothing_hangs(tmp_path):
     why = dict(loop="OSError", pipe="not a file", sparse="bytes are too many", bomb="DecompressionBombError",
                large="12000 x 12000 pixels are too many", thin="too long and thin", program="UnidentifiedImageError",
                empty="UnidentifiedImageError")
-    assert dataset.broken.keys() == {*(f"{name}.webp" if name == "sparse" else f"{name}.png" for name in why),
-                                     "b\\na\\u202e.png", "latin-\\udce9.png"}
+    assert set(map(data.printable, dataset.broken)) == {*(f"{name}.webp" if name == "sparse" else f"{name}.png" for name in why),
+                                                        "b\\na\\u202e.png", "latin-\\udce9.png"}
     for name, words in why.items():
         assert words in dataset.broken.get(f"{name}.png", dataset.broken["sparse.webp"]), name
-    assert all(text.isprintable() for item in dataset.broken.items() for text in item)
+    assert all(why.isprintable() for why in dataset.broken.values())
 
 
 def png_of_one_colour(width, height):
@@ -851,11 +853,12 @@ def test_unreadable_files_and_folders_are_named(tmp_path, monkeypatch):
         return honest(path, *more, **options)
     monkeypatch.setattr(os, "scandir", lambda path: refuse(honest_scan, path))
     dataset = data.Pictures(tmp_path, 16)
-    assert dataset.names == ["a/0.png", "a/2.png", "a/4.png"] and "PermissionError" in dataset.broken["b"]
+    assert dataset.names == ["a/0.png", "a/2.png", "a/4.png"] and "PermissionError" in dataset.unread["b"]
     monkeypatch.setattr(data.os, "stat", lambda path, **options: refuse(honest_stat, path, **options))
     dataset.picture(0)
     monkeypatch.undo()
-    assert dataset.broken.keys() == {"b", "a/0.png"} and "PermissionError" in dataset.broken["a/0.png"]
+    assert dataset.broken.keys() == {"a/0.png"} and "PermissionError" in dataset.broken["a/0.png"]
+    assert dataset.picture(0)[0] is not None and not dataset.broken         # it came back
 
 
 def test_damaged_pictures_by_the_hundred_are_read_or_named(tmp_path):
@@ -1102,6 +1105,12 @@ def test_sigterm_does_not_wait_for_the_report(tmp_path, little, monkeypatch, cap
     monkeypatch.setattr(train, "sample", told)
     assert run_train(tmp_path, "--steps", "9", "--sample-every", "2")["step"] == 3
     assert "stopped and saved at step 3" in capsys.readouterr().out and not list(tmp_path.glob("grid*"))
+    monkeypatch.setattr(train, "sample", lambda model, *more, **options: signal.raise_signal(signal.SIGTERM) or honest(model, *more, **options))
+    assert run_train(tmp_path, "--steps", "4", "--sample-every", "2")["step"] == 4 and not list(tmp_path.glob("grid*"))
+    monkeypatch.setattr(train, "sample", honest)
+    run_train(tmp_path, "--steps", "4", "--sample-every", "2")              # nothing left to do but the report
+    assert [file.name for file in sorted(tmp_path.glob("grid*"))] == ["grid-0000004.png", "grid.png"]
+    assert len(log_lines(tmp_path, "loss_by_noise_level")) == 1
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 

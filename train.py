@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from checkpoint import FORMAT, append, lock, read, trim, write
-from data import Flowers, Pictures
+from data import Flowers, Pictures, printable
 from loss import diffusion_loss
 from sample import (DROPOUT, TRAINING, Parser, fail, grid, number, pick_device, picture_noise,
                     sample, seed_of, to_uint8, whole)
@@ -256,8 +256,7 @@ def train(config, rank, world, device, meet, at_exit):
     if config.data and pictures < config.batch:
         fail(f"--data {config.data}: {pictures} pictures are fewer than --batch "
              f"{config.batch}; add pictures or lower --batch")
-    report_x, report_label, found = collate([dataset[n] for n in range(16)])
-    found |= dataset.broken                         # found: new ones, of this rank
+    report_x, report_label, found = collate([dataset[n] for n in range(16)])    # new, of this rank
 
     def too_many():
         return 2 * (len(broken) + len(found.keys() - broken.keys())) > pictures > 0
@@ -265,7 +264,7 @@ def train(config, rank, world, device, meet, at_exit):
     def fail_for_pictures():
         name, why = next(iter((broken | found).items()))
         fail(f"--data {config.data}: more than half cannot be read, {len(broken | found)} of "
-             f"{pictures} so far; {name}: {why}")
+             f"{pictures} so far; {printable(name)}: {why}")
 
     if too_many():
         fail_for_pictures()
@@ -281,7 +280,7 @@ def train(config, rank, world, device, meet, at_exit):
 
     # -- the run's folder, which belongs to rank 0 of one command at a time
     out, start, seconds, log, named = Path(config.out), 0, 0.0, None, set()
-    newest, trouble = None, None
+    newest, trouble, reports = None, None, []
     if master:
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -292,17 +291,18 @@ def train(config, rank, world, device, meet, at_exit):
             for part in out.glob("*.part"):         # of a command that was killed while it wrote
                 part.unlink()
             newest = max(map(str, out.glob("ckpt-*.pt")), default=None)
+            reports = [file.name for file in out.glob("grid-*.png")]
             if (out / "broken.txt").exists():
-                lines = (out / "broken.txt").read_text(errors="replace").splitlines()
+                lines = (out / "broken.txt").read_text("utf-8", "replace").splitlines()
                 named = {line.split("\t")[0] for line in lines}
         except BlockingIOError:
             trouble = f"--out {out}: another process trains there; end that, or give a new --out"
         except OSError as error:
             trouble = f"--out {out}: cannot be written to ({error.strerror or error})"
     if ddp:
-        seen = [newest, trouble]
+        seen = [newest, trouble, reports]
         dist.broadcast_object_list(seen, group=meet)
-        newest, trouble = seen
+        newest, trouble, reports = seen
     if trouble:
         fail(trouble)
 
@@ -334,7 +334,14 @@ def train(config, rank, world, device, meet, at_exit):
         del saved
     if master:
         trim(log, start)
-    if start >= config.steps:
+
+    def report_due(done):
+        return done and config.sample_every and \
+            (done % config.sample_every == 0 or done == config.steps)
+
+    # A report that a signal cut short is made up for, even if nothing else is left to do.
+    late = report_due(start) and f"grid-{start:07d}.png" not in reports
+    if start >= config.steps and not late:
         if master:
             print(f"{out} is at step {start} of {config.steps}: done. "
                   f"More: --steps {2 * start}. Pictures: python sample.py")
@@ -428,11 +435,12 @@ def train(config, rank, world, device, meet, at_exit):
 
     def name_broken():
         """Each broken file once a run, whichever rank met it first."""
-        for name in broken.keys() - named:
-            tqdm.write(f"skipped {name}: {broken[name]}")
-            named.add(name)
-            with open(out / "broken.txt", "a", errors="backslashreplace") as file:
-                file.write(f"{name}\t{broken[name]}\n")
+        for name, why in (dataset.unread | broken).items():
+            if printable(name) not in named:
+                tqdm.write(f"skipped {printable(name)}: {why}")
+                named.add(printable(name))
+                with open(out / "broken.txt", "a", encoding="utf-8") as file:
+                    file.write(f"{printable(name)}\t{why}\n")
 
     def attempt(write_files):
         """A full disk costs these files, not the run -> whether they were written."""
@@ -457,7 +465,15 @@ def train(config, rank, world, device, meet, at_exit):
     total = torch.zeros(2, device=device)   # sum and number of the losses since the last log line
     in_a_row, most_in_a_row = (torch.zeros((), device=device) for _ in range(2))
     news = torch.zeros((), pin_memory=cuda)
-    clock, last, kept = time.time(), start, True
+    clock, last, kept, done = time.time(), start, True, start
+
+    def report_now():
+        losses, sheet = report()
+        if sheet:
+            attempt(lambda: save_report(losses, sheet))
+
+    if late:
+        report_now()
     for step in range(start, config.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1, (step + 1) / config.warmup)
@@ -493,7 +509,7 @@ def train(config, rank, world, device, meet, at_exit):
         done = step + 1
 
         # Reasons to end, agreed on by all ranks. From a GPU they may be some steps old: no wait.
-        news.copy_(most_in_a_row, non_blocking=True)
+        news.copy_(most_in_a_row, non_blocking=done < config.steps)
         orphan = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT
         ends = torch.tensor([bool(asked) or orphan, news >= NOT_FINITE_AT_MOST, too_many()]).int()
         if ddp:
@@ -527,11 +543,8 @@ def train(config, rank, world, device, meet, at_exit):
         if unreadable:
             bar.close()
             fail_for_pictures()
-        due = config.sample_every and (done % config.sample_every == 0 or done == config.steps)
-        if due and not stop:
-            losses, sheet = report()
-            if sheet:
-                attempt(lambda: save_report(losses, sheet))
+        if report_due(done) and not stop:
+            report_now()
         if done % config.save_every == 0 or done == config.steps or stop:
             all_of_it = [*model.parameters(), *ema.parameters(),
                          *(part for parts in optimizer.state.values() for part in parts.values())]
