@@ -308,7 +308,7 @@ def in_node(i, command, log):
     """A command in network namespace i, which believes to be a machine of its own."""
     words = " ".join(str(word) for word in command)
     return subprocess.Popen(["ip", "netns", "exec", f"soak{i}", "unshare", "--uts", "sh", "-c",
-                             f"hostname node{i}; exec {words}"], cwd=HERE, env=ENV, stdout=open(log, "ab"),
+                             f"hostname node{i}; exec {words}"], cwd=HERE, env=ENV | dict(NODE=str(i)), stdout=open(log, "ab"),
                             stderr=subprocess.STDOUT, start_new_session=True)
 
 
@@ -329,8 +329,9 @@ def nodes(work):
                 run(f"ip -n soak{i} link set {device} up")
         rendezvous = {"c10d": ["--rdzv-backend=c10d", "--rdzv-endpoint=10.77.0.1:29500"],
                       "static": ["--master-addr=10.77.0.1"]}
-        def both(kind, flags, name):
-            return [in_node(i, [*TORCHRUN, "--nnodes=2", "--nproc_per_node=1", *rendezvous[kind],
+
+        def both(kind, flags, name, *more):
+            return [in_node(i, [*TORCHRUN, "--nnodes=2", "--nproc_per_node=1", *rendezvous[kind], *more,
                                 *([f"--node-rank={i}"] * (kind == "static")), "train.py", *flags],
                             work / f"{name}-{i}") for i in (0, 1)]
         flags = [*TRAIN, *EXACT, "--save-every", "40", "--timeout", "0.5", "--steps"]
@@ -365,7 +366,18 @@ def nodes(work):
             assert process.wait(300) == 0
         assert_same_run(work / "unbroken", out)
         print(f"nodes: cut off at --timeout 0.5 (30 s): both end after {took[0]:.1f} and {took[1]:.1f} s, "
-              f"saying '{said[0]}' and '{said[1]}'; joined again, both resume to the unbroken run's bits")
+              f"saying '{said[0]}' and '{said[1]}'; joined again, both resume to the unbroken run's bits", flush=True)
+
+        out = work / "healed"
+        pair = both("static", [*flags, "--out", out], "healed", "--max-restarts=3")
+        wait_for(lambda: list(out.glob("ckpt-*40.pt")))
+        time.sleep(1)
+        kill(next(pid for pid in processes(out) if "NODE=1" in Path(f"/proc/{pid}/environ").read_text()
+                  and "RANK=1" in Path(f"/proc/{pid}/environ").read_text().split("\0")))
+        for process in pair:
+            assert process.wait(300) == 0
+        assert_same_run(work / "unbroken", out)
+        print("nodes: rank 1 killed on its node, --max-restarts=3: healed by themselves, to the same bits")
     finally:
         for i in (0, 1):
             subprocess.run(["ip", "netns", "del", f"soak{i}"])
