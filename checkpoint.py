@@ -31,7 +31,10 @@ def write(path, write_to):
         os.replace(part, path)
         if os.name == "posix":              # the new name, too, is to outlive a power cut
             folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
+            try:
+                os.fsync(folder)
+            except OSError:                 # some file systems cannot
+                pass
             os.close(folder)
     except BaseException as error:
         try:
@@ -46,11 +49,13 @@ def write(path, write_to):
 
 def read(path):
     """A checkpoint or model.pt -> its dict (KEYS). Raises ValueError, one line that says why."""
+    if os.path.exists(path) and not os.path.isfile(path):       # a pipe would wait for ever
+        raise ValueError(f"{path}: {'Is a directory' if os.path.isdir(path) else 'not a file'}")
     try:
         with zipfile.ZipFile(path) as archive:
             compressed = any(info.compress_type for info in archive.infolist())
             damaged = archive.testzip()     # torch writes checksums, but does not look at them
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+    except (FileNotFoundError, PermissionError) as error:
         raise ValueError(f"{path}: {error.strerror}")
     except Exception:
         raise ValueError(f"{path}: not a checkpoint, or cut short or damaged")

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]  # by content; no PostScript
 CACHE_BYTES = 1 << 28                       # decoded pictures kept in memory, per process
-MAX_PIXELS, MAX_BYTES = 1 << 26, 1 << 29    # of one picture, of one file: else memory has no bound
+MAX_PIXELS, MAX_BYTES = 1 << 26, 1 << 27    # of one picture, of one file: else memory has no bound
 
 
 # ---------------------------------------------------------------------------- the built-in flowers
@@ -215,6 +215,8 @@ class Pictures:
                     yield Path(folder, file).relative_to(self.path).as_posix()
 
     def zip_names(self):
+        if os.path.exists(self.path) and not os.path.isfile(self.path):
+            raise ValueError("not a file")
         with zipfile.ZipFile(self.path) as archive:
             for name in set(archive.namelist()):
                 hidden = any(part.startswith((".", "__MACOSX")) for part in name.split("/")
@@ -222,29 +224,38 @@ class Pictures:
                 if Path(name).suffix.lower() in ENDINGS and name[-1] != "/" and not hidden:
                     yield name
 
-    def file(self, name):
-        """Name -> what PIL can open: a path, or a zip's bytes. Raises ValueError if unfit."""
+    def bytes(self, name):
+        """Name -> what the file holds. Raises ValueError if it is unfit."""
         if not self.is_folder:
             if self.zip is None or self.zip[0] != os.getpid():  # a forked worker opens its own
                 self.zip = os.getpid(), zipfile.ZipFile(self.path)
-            file, size = None, self.zip[1].getinfo(name).file_size
+            info = self.zip[1].getinfo(name)
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError("compressed in a way that has no bound")
+            file, size = self.zip[1].open(info), info.file_size
         else:
             file = os.path.join(self.path, name)
             status = os.stat(file)
             if not stat.S_ISREG(status.st_mode):                # a pipe would wait for ever
                 raise ValueError("not a file")
-            size = status.st_size
-        if size > MAX_BYTES:
-            raise ValueError(f"{size} bytes are too many")
-        return file or io.BytesIO(self.zip[1].read(name))
+            file, size = open(file, "rb"), status.st_size
+        with file:
+            if size > MAX_BYTES:
+                raise ValueError(f"{size} bytes are too many")
+            return file.read(size)
 
     def open(self, name):
         """One file -> RGB picture with its shorter side at res. Raises what is wrong with it."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                     # damage that PIL can live with
-            with Image.open(self.file(name), formats=FORMATS) as image:
+            raw = self.bytes(name)
+            with Image.open(io.BytesIO(raw), formats=FORMATS) as image:
+                if image.info.get("progressive") and raw.count(b"\xff\xda") > 100:
+                    raise ValueError("too many scans")          # each takes as long as a picture
                 image.draft("RGB", (2 * self.res, 2 * self.res))    # JPEG: decode what is needed
-                if image.width * image.height > MAX_PIXELS:
+                tile = getattr(image, "tag_v2", {})             # of a TIFF, may exceed the picture
+                if max(image.width * image.height,
+                       tile.get(322, 0) * tile.get(323, 0)) > MAX_PIXELS:
                     raise ValueError(f"{image.width} x {image.height} pixels are too many")
                 return shorter_side_to(to_rgb(image), self.res)
 

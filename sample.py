@@ -128,8 +128,30 @@ def grid(pictures, columns):
 def fail(message, code=2, every_rank=False):
     """End with one line and no traceback. Code 2: the input is wrong; 1: the world around is."""
     if every_rank or os.environ.get("LOCAL_RANK", "0") == "0":      # once a node
-        print(message, file=sys.stderr, flush=True)
+        print(" ".join(str(message).splitlines()), file=sys.stderr, flush=True)
     raise SystemExit(code)
+
+
+class Steady:
+    """stdout or stderr whose reader may leave, or whose disk may fill: the rest goes nowhere."""
+
+    def __init__(self, file):
+        self.file = file
+        file.reconfigure(errors="backslashreplace")     # files may be named anything
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, text):
+        try:
+            self.file.write(text)
+            self.file.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+        return len(text)
+
+    def flush(self):
+        pass
 
 
 class Parser(argparse.ArgumentParser):
@@ -138,7 +160,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         message = re.sub(r"^argument (\S+): ", r"\1 ", message)
         if message.startswith("unrecognized arguments"):
-            word = message.split(": ")[1].split()[0]
+            word = (message.partition(": ")[2].split() or ["''"])[0]
             near = difflib.get_close_matches(word, self._option_string_actions, 1)
             message = f"{word}: no such argument, {near[0] if near else '--help'} is one"
         fail(message)
@@ -183,7 +205,9 @@ def load_model(path, device):
         with torch.device("meta"):          # takes no memory, whatever the file asks for
             model = UViT.from_config(config, len(saved["classes"]))
         model.load_state_dict(saved["ema"], assign=True)
-        logsnr_schedule(config["schedule"], config["res"], config["noise_d"])
+        ends = logsnr_schedule(config["schedule"], config["res"], config["noise_d"])(torch.rand(2))
+        assert ends.isfinite().all() and all(isinstance(name, str) for name in saved["classes"])
+        assert all(p.is_floating_point() and p.isfinite().all() for p in model.parameters())
     except Exception:
         raise ValueError(f"{path}: its weights are not those of the network it describes")
     return model.to(device, torch.float32).eval().requires_grad_(False), saved
@@ -206,9 +230,11 @@ def main(argv=None):
     for name, least in dict(n=1, steps=1, batch=1, seed=0, guidance=0, gamma=0).items():
         if getattr(args, name) < least:
             fail(f"--{name} {getattr(args, name)}: must be at least {least}")
-    if args.gamma > 1:
-        fail(f"--gamma {args.gamma}: must be at most 1")
-    ckpt = args.ckpt or max(glob.glob("runs/*/model.pt"), key=os.path.getmtime, default="")
+    for name, most in dict(gamma=1, n=10_000_000, steps=100_000, batch=10_000, seed=2**63).items():
+        if getattr(args, name) > most:
+            fail(f"--{name} {getattr(args, name)}: must be at most {most}")
+    found = filter(os.path.isfile, glob.glob("runs/*/model.pt"))
+    ckpt = args.ckpt or max(found, key=os.path.getmtime, default="")
     if not ckpt:
         fail("no model.pt under runs/: train one first (python train.py) or name it (--ckpt)")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -244,7 +270,7 @@ def main(argv=None):
             out.mkdir(parents=True, exist_ok=True)
             held = lock(out / "settings.json")
             text = (out / "settings.json").read_text()
-            was = json.loads(text) if text else dict(n=0)
+            was = json.loads(text) if text else {}
             strangers = not text and list(out.glob("[0-9]*.png"))
             differ = [f"--{name} {was.get(name)}, now {value}" for name, value in settings.items()
                       if was.get(name) != value]
@@ -252,13 +278,16 @@ def main(argv=None):
                 what = strangers[0].name if strangers else differ[0]
                 trouble = [f"--out {out}: holds other pictures ({what}): name another folder"]
             elif differ:
-                for name in ["samples.npz", "grid.png", *(f"{i:06d}.png" for i in range(was["n"]))]:
-                    (out / name).unlink(missing_ok=True)
+                olds = [*out.glob("[0-9]" * 6 + "*.png"), out / "samples.npz", out / "grid.png"]
+                for old in olds:
+                    old.unlink(missing_ok=True)
                 held.truncate(0)
                 held.write(json.dumps(settings).encode())
-            for part in out.glob("*.part"):
-                part.unlink()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            if trouble[0] and not text:
+                (out / "settings.json").unlink()
+            for name in ["samples.npz", "grid.png", *pictures] if not trouble[0] else []:
+                (out / f"{name}.part").unlink(missing_ok=True)      # of a command that was killed
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         trouble = [f"--out {out}: cannot be used ({error}): name another folder"]
     if world > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))
@@ -278,6 +307,13 @@ def main(argv=None):
         for i, picture in zip(indices, to_uint8(x)):
             write(out / pictures[i], lambda file: Image.fromarray(picture).save(file, "PNG"))
 
+    def drawn(i):
+        try:
+            with Image.open(out / pictures[i]) as image:
+                return image.size == (config["res"], config["res"])
+        except OSError:
+            return False
+
     picture = lambda i: np.asarray(Image.open(out / pictures[i]))
 
     def save_npz(file):                     # arr_0 (N, H, W, 3) uint8, written picture by picture
@@ -291,7 +327,7 @@ def main(argv=None):
     try:
         for start in range(args.batch * rank, args.n, args.batch * world):
             indices = range(start, min(start + args.batch, args.n))
-            if not all((out / pictures[i]).exists() for i in indices):
+            if not all(drawn(i) for i in indices):
                 save_pictures(indices)
         if world > 1:
             dist.barrier()
@@ -306,10 +342,12 @@ def main(argv=None):
                   "grid.png, 000000.png ..., samples.npz")
             held.close()
     except OSError as error:
-        fail(f"--out {out}: {error}; what is there is whole, and the same command goes on", 1)
+        fail(f"--out {out}: {error}; what is there is whole, and the same command goes on", 1,
+             every_rank=True)
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = Steady(sys.stdout), Steady(sys.stderr)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()

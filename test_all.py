@@ -1241,7 +1241,7 @@ def test_log_has_whole_lines_only(tmp_path):
         with full_disk(50), pytest.raises(OSError):
             checkpoint.append(log, json.dumps(dict(step=4, more="x" * 60)))
         assert (tmp_path / "log").read_bytes() == whole
-        for torn in (b'{"step": 3', b"{}\n", b"\0\0\n", b'{"step": 9}\n'):
+        for torn in (b'{"step": 3', b'{"step": 3}', b"{}\n", b"\0\0\n", b'{"step": 9}\n'):
             log.write(torn)
             checkpoint.trim(log, 3)
             assert (tmp_path / "log").read_bytes() == whole
@@ -1288,6 +1288,11 @@ def damage(kind, file, saved):
         torch.save(saved | dict(config=saved["config"] | dict(res=10**9)), file)
     elif kind == "configuration of a later version":
         torch.save(saved | dict(config={**saved["config"], "depth": 7}), file)
+    elif kind == "other optimizer" and "optimizer" in saved:        # a wrong shape would be written past its end
+        saved["optimizer"]["state"][0]["exp_avg"] = torch.zeros(1)
+        torch.save(saved, file)
+    elif kind == "not finite" or kind == "other optimizer":
+        torch.save(saved | {part: {name: weight * float("nan") for name, weight in saved[part].items()} for part in ("model", "ema") if part in saved}, file)
     elif kind == "compressed":
         with zipfile.ZipFile(io.BytesIO(raw)) as old, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
             for name in old.namelist():
@@ -1298,7 +1303,8 @@ BAD = {"program": "refused, for it holds more than tensors", "program, bare pick
        "program, old torch.save": "not a checkpoint", "truncated": "cut short", "empty": "cut short", "bit .1": "damaged", "bit .5": "damaged",
        "bit .9": "damaged", "newer format": "format 2 is of a newer version of this code", "no format": "names no format",
        "bare weights": "names no format", "other architecture": "network", "other configuration": "(network|--model base, now tiny)",
-       "absurd configuration": "(network|--res 1000000000, now 32)", "compressed": "damaged"}
+       "absurd configuration": "(network|--res 1000000000, now 32)", "compressed": "damaged", "other optimizer": "network",
+       "not finite": "network"}
 
 
 @pytest.mark.parametrize("kind", [*BAD, "configuration of a later version"])
@@ -1328,6 +1334,29 @@ def test_damaged_newest_checkpoint_names_the_one_before(tmp_path, little, capsys
     assert f"without that file the run goes on from {tmp_path}/ckpt-00000001.pt" in error
     (tmp_path / "ckpt-00000002.pt").unlink()
     assert run_train(tmp_path, "--steps", "2")["step"] == 2
+
+
+def test_only_files_of_the_run_are_read_or_removed(tmp_path, little, capsys):
+    run_train(tmp_path / "run", "--steps", "2", "--save-every", "1")
+    for name in ("ckpt-best.pt", "ckpt-last.pt", "film.iso.part"):
+        (tmp_path / "run" / name).write_bytes(b"the user's")
+    train.main([*SMALL, "--out", str(tmp_path / "run"), "--steps", "4", "--save-every", "1"])
+    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == \
+        ["ckpt-00000003.pt", "ckpt-00000004.pt", "ckpt-best.pt", "ckpt-last.pt", "film.iso.part", "log.jsonl", "model.pt"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/log.jsonl").write_text("my diary\n")
+    error = one_line(capsys, train.main, [*SMALL, "--out", tmp_path / "other"])
+    assert "its log.jsonl is not of a run" in error and (tmp_path / "other/log.jsonl").read_text() == "my diary\n"
+
+
+@linux
+def test_ctrl_c_saves_even_if_the_reader_of_the_output_is_gone(tmp_path):
+    shell = f"{sys.executable} train.py {' '.join(RUN)} {tmp_path}/run --save-every 99 2>&1 | tee {tmp_path}/log > /dev/null"
+    run = start_script("sh", "-c", shell)
+    wait_for(lambda: (tmp_path / "log").exists() and "loss=" in (tmp_path / "log").read_text(), run)
+    os.killpg(run.pid, signal.SIGINT)
+    wait_for(lambda: (tmp_path / "run/model.pt").exists() and not processes(tmp_path))
+    assert checkpoint.read(tmp_path / "run/model.pt")["step"] == last_checkpoint(tmp_path / "run")["step"] < 16
 
 
 def test_run_leaves_no_file_process_or_open_file_behind(tmp_path, little):
@@ -1555,7 +1584,7 @@ WRONG = [       # flags of train.py, and what the one line must say: argument, v
     ("--res -64", "--res -64: must be at least 16"), ("--res abc", "--res abc: must be a whole number"),
     ("--res 8x", "--res 8x: must be a whole number"), ("--res 64.5", "--res 64.5: must be a whole number"),
     ("--res 1000000", "--res 1000000: must be at most 4096"), ("--res", "--res expected one argument"),
-    ("--reso 64", "--reso: no such argument, --res is one"), ("flowers", "flowers: no such argument, .* is one"),
+    ("--reso 64", "--reso: no such argument, --res is one"), ("flowers", "flowers: no such argument, .* is one"), ("--batch 99999999", "--batch 99999999: must be at most 1000000"),
     ("--model huge", "--model huge: must be one of tiny, small, base, paper"), ("--patch haar", "--patch haar: must be one of dwt"),
     ("--schedule linear", "--schedule linear: must be one of cosine"), ("--loss l1", "--loss l1: must be one of eps"),
     ("--multiscale maybe", "--multiscale maybe: must be one of on, off"), ("--bf16 yes", "--bf16 yes: must be one of on, off"),
@@ -1680,7 +1709,7 @@ WRONG_SAMPLES = [
     ("--gamma -1", "--gamma -1.0: must be at least 0"), ("--gamma nan", "--gamma nan: must be a finite number"),
     ("--guidance -1", "--guidance -1.0: must be at least 0"), ("--guidance much", "--guidance much: must be a finite number"),
     ("--n 0", "--n 0: must be at least 1"), ("--n many", "--n many: must be a whole number"), ("--steps 0", "--steps 0: must be at least 1"),
-    ("--batch 0", "--batch 0: must be at least 1"), ("--seed -1", "--seed -1: must be at least 0"),
+    ("--batch 0", "--batch 0: must be at least 1"), ("--steps 9999999", "--steps 9999999: must be at most"), ("--n 999999999", "--n 999999999: must be at most"), ("--seed -1", "--seed -1: must be at least 0"),
     ("--sampler euler", "--sampler invalid choice: 'euler' .choose from '?ancestral'?, '?ddim'?"),
     ("--samples 3", "--samples: no such argument, --sampler is one"), ("--ckpt {tmp}/nowhere.pt", "--ckpt .*nowhere.pt: No such file"),
     ("--ckpt {tmp}", "--ckpt .*: Is a directory"), ("--ckpt {tmp}/empty.pt", "--ckpt .*empty.pt: not a checkpoint, or cut short"),
@@ -1703,7 +1732,7 @@ def test_wrong_call_of_sample_is_one_line_and_exit_code_2(tmp_path, trained_run,
              *flags.format(tmp=tmp_path, here=HERE).split()]
     error = one_line(capsys, sampling.main, flags)
     assert re.match(words, error), error
-    assert [path for path in sorted(tmp_path.rglob("*")) if path.name != "settings.json"] == before
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_sample_without_a_model_says_how_to_get_one(tmp_path, monkeypatch, capsys):

@@ -19,6 +19,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections import ChainMap
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
@@ -34,8 +35,8 @@ from tqdm import tqdm
 from checkpoint import FORMAT, append, lock, read, trim, write
 from data import Flowers, Pictures, printable
 from loss import diffusion_loss
-from sample import (DROPOUT, TRAINING, Parser, fail, grid, number, pick_device, picture_noise,
-                    sample, seed_of, to_uint8, whole)
+from sample import (DROPOUT, TRAINING, Parser, Steady, fail, grid, number, pick_device,
+                    picture_noise, sample, seed_of, to_uint8, whole)
 from schedule import logsnr_schedule
 from uvit import PRESETS, UViT, wavelet_levels, unet_levels
 
@@ -89,9 +90,11 @@ MAY_CHANGE = {"data", "steps", "accum", "out", "compile", "bf16", "workers", "ti
 AT_LEAST = dict(batch=0, accum=1, steps=0, lr=0, warmup=0, clip=1e-9, ema=0, seed=0, noise_d=1,
                 drop_label=0, log_every=1, sample_every=0, save_every=1, dropout_res=0, dropout=-1,
                 workers=-1, timeout=0.05)
-AT_MOST = dict(res=4096, noise_d=4096, seed=2**63 - 2, workers=1024, timeout=10_000)
+AT_MOST = dict(batch=1_000_000, steps=99_999_999, accum=1_000_000, res=4096, noise_d=4096,
+               seed=2**63 - 2, workers=1024, timeout=10_000)
 PARENT = os.getppid()           # under torchrun: torchrun, while it lives
 NOT_FINITE_AT_MOST = 10         # gradients in a row, then the run ends
+CHECKPOINTS = "ckpt-" + 8 * "[0-9]" + ".pt"
 NOISE_LEVELS = 8                # times at which the loss by noise level is measured
 REPORT_STEPS = 50               # network calls for a picture of the grid
 EXPECT = """What to expect of flowers at 64 x 64: a loss of 0.25 at the start, 0.05 at step 250 (the
@@ -128,7 +131,7 @@ def parse_config(argv=None):
     for name in ("ema", "dropout", "drop_label"):
         if getattr(config, name) >= 1 or -1 < getattr(config, name) < 0:
             fail(f"--{name.replace('_', '-')} {getattr(config, name)}: must be from 0 to below 1")
-    if config.out and not Path(config.out).absolute().parent.is_dir():
+    if config.out and not os.path.isdir(Path(config.out).absolute().parent):
         fail(f"--out {config.out}: the folder it is to be in does not exist; make that first")
     step = 2 ** (wavelet_levels(max(config.res, 1)) + unet_levels(max(config.res, 1)))
     if config.res < 16 or config.res % step:
@@ -138,7 +141,7 @@ def parse_config(argv=None):
     for name, value in DEFAULTS[config.model].items():
         setattr(config, name, getattr(config, name) or value)
     config.multiscale = config.multiscale or ("on" if config.res >= 512 else "off")
-    name = Path(config.data).resolve().stem if config.data else "flowers"
+    name = Path(os.path.abspath(config.data)).stem if config.data else "flowers"
     config.out = config.out or f"runs/{name}-{config.res}-{config.model}"
     return config
 
@@ -177,19 +180,20 @@ def ignore_signals(_):
 
 def silent_ranks(group, seconds):
     """Ask every other rank for a word, give them `seconds` -> those that sent none."""
-    silent, asked, end = [], {}, time.time() + seconds
+    gone, silent, sent, asked, end = [], [], [], {}, time.time() + seconds
     for rank in set(range(dist.get_world_size())) - {dist.get_rank()}:
         try:
-            dist.isend(torch.zeros(1), rank, group)
+            sent.append(dist.isend(torch.zeros(1), rank, group))    # kept: else it is taken back
             asked[rank] = dist.irecv(torch.zeros(1), rank, group)
         except RuntimeError:
-            silent.append(rank)
+            gone.append(rank)
     for rank, answer in asked.items():
         try:
             answer.wait(timedelta(seconds=max(.1, end - time.time())))
-        except RuntimeError:
-            silent.append(rank)
-    return sorted(silent)
+        except RuntimeError as error:       # closed, or no answer: maybe held up by one that closed
+            (silent if "Timed out" in str(error) else gone).append(rank)
+            end = min(end, time.time() + 5) if gone else end
+    return sorted(gone or silent)
 
 
 def main(argv=None):
@@ -278,19 +282,25 @@ def train(config, rank, world, device, meet, at_exit):
                                   weight_decay=0, fused=True)
     logsnr = logsnr_schedule(config.schedule, config.res, config.noise_d)
 
+    def all_finite():
+        parts = [*model.parameters(), *ema.parameters(),
+                 *(part for parts in optimizer.state.values() for part in parts.values())]
+        return torch.nn.utils.get_total_norm(parts).isfinite()
+
     # -- the run's folder, which belongs to rank 0 of one command at a time
     out, start, seconds, log, named = Path(config.out), 0, 0.0, None, set()
     newest, trouble, reports = None, None, []
     if master:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            log = lock(out / "log.jsonl")
+            log = lock(out / "log.jsonl", min(60, int(24 * config.timeout)))
             at_exit.callback(log.close)
             if not os.access(out, os.W_OK):
                 raise PermissionError("read-only")
-            for part in out.glob("*.part"):         # of a command that was killed while it wrote
-                part.unlink()
-            newest = max(map(str, out.glob("ckpt-*.pt")), default=None)
+            newest = max(map(str, out.glob(CHECKPOINTS)), default=None)
+            ours = (out / "log.jsonl").read_bytes()[:7] in (b"", b'{"step"')
+            if not ours and not newest:
+                raise PermissionError("its log.jsonl is not of a run")
             reports = [file.name for file in out.glob("grid-*.png")]
             if (out / "broken.txt").exists():
                 lines = (out / "broken.txt").read_text("utf-8", "replace").splitlines()
@@ -312,7 +322,7 @@ def train(config, rank, world, device, meet, at_exit):
         try:
             saved = read(newest)
         except ValueError as error:
-            older = sorted(map(str, out.glob("ckpt-*.pt")))[:-1] or ["the start"]
+            older = sorted(map(str, out.glob(CHECKPOINTS)))[:-1] or ["the start"]
             fail(f"{error}; without that file the run goes on from {older[-1]}")
         for name in dict.fromkeys([*vars(config), *saved["config"]]):
             was, now = saved["config"].get(name), getattr(config, name, None)
@@ -326,14 +336,24 @@ def train(config, rank, world, device, meet, at_exit):
                      "back, or give a new --out")
             model.load_state_dict(saved["model"])
             ema.load_state_dict(saved["ema"])
-            optimizer.load_state_dict(saved["optimizer"])
-            start, seconds = saved["step"], saved["seconds"]
-            skipped += saved["skipped"]
-        except (KeyError, TypeError, ValueError, RuntimeError):
-            fail(f"{newest}: does not hold the network its configuration describes")
+            start, seconds = saved["step"], float(saved["seconds"])
+            skipped += int(saved["skipped"])
+            state = saved["optimizer"]["state"]     # which load_state_dict does not look at
+            for i, p in enumerate(model.parameters()):
+                assert state[i].keys() == {"step", "exp_avg", "exp_avg_sq"}
+                assert state[i]["exp_avg"].shape == state[i]["exp_avg_sq"].shape == p.shape
+                assert state[i]["step"].shape == () and start > 0
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict(dict(state=state, param_groups=groups))
+            assert all_finite()
+        except Exception:
+            fail(f"{newest}: does not hold the network its configuration describes, or not whole")
         del saved
     if master:
         trim(log, start)
+        for pattern in (CHECKPOINTS, "model.pt", "grid*.png"):      # left by a kill
+            for part in out.glob(pattern + ".part"):
+                part.unlink()
 
     def report_due(done):
         return done and config.sample_every and \
@@ -416,7 +436,8 @@ def train(config, rank, world, device, meet, at_exit):
 
     # -- what rank 0 writes
     def save_report(losses, sheet):
-        append(log, json.dumps(dict(step=done, loss_by_noise_level=losses)))
+        finite = [loss if math.isfinite(loss) else None for loss in losses]
+        append(log, json.dumps(dict(step=done, loss_by_noise_level=finite)))
         tqdm.write(f"step {done}: loss from clean to noisy "
                    + " ".join(f"{loss:.4f}" for loss in losses))
         for name in (f"grid-{done:07d}.png", "grid.png"):
@@ -430,7 +451,7 @@ def train(config, rank, world, device, meet, at_exit):
         content |= dict(pictures=pictures, seconds=seconds, skipped=int(skipped),
                         model=model.state_dict(), optimizer=optimizer.state_dict())
         write(out / f"ckpt-{done:08d}.pt", lambda file: torch.save(content, file))
-        for old in sorted(out.glob("ckpt-*.pt"))[:-2]:
+        for old in sorted(out.glob(CHECKPOINTS))[:-2]:
             old.unlink()
 
     def name_broken():
@@ -452,11 +473,14 @@ def train(config, rank, world, device, meet, at_exit):
                        "goes on and will try again")
 
     def last_good():
-        return max(out.glob("ckpt-*.pt"), default="none yet")
+        return max(out.glob(CHECKPOINTS), default="none yet")
 
     # -- loop
     asked = []                              # SIGTERM and Ctrl-C end the run after the step
-    for told in (signal.SIGTERM, signal.SIGINT):
+    hang_up = getattr(signal, "SIGHUP", signal.SIGTERM)         # the terminal is gone, no nohup
+    if signal.getsignal(hang_up) == signal.SIG_IGN:
+        hang_up = signal.SIGTERM
+    for told in {signal.SIGTERM, signal.SIGINT, hang_up}:
         before = signal.signal(told, lambda signum, frame: asked.append(signum))
         at_exit.callback(signal.signal, told, before)
     model.train()
@@ -546,13 +570,14 @@ def train(config, rank, world, device, meet, at_exit):
         if report_due(done) and not stop:
             report_now()
         if done % config.save_every == 0 or done == config.steps or stop:
-            all_of_it = [*model.parameters(), *ema.parameters(),
-                         *(part for parts in optimizer.state.values() for part in parts.values())]
-            if not torch.nn.utils.get_total_norm(all_of_it).isfinite():
+            if not all_finite():
                 bar.close()
                 fail(f"step {done}: weights are no longer finite, nothing was saved; the last good "
                      f"checkpoint is {last_good()}; a new --out with a lower --lr may do", 1)
-            kept = attempt(save) if master else True
+            kept = [attempt(save) if master else None]
+            if ddp:
+                dist.broadcast_object_list(kept, group=meet)
+            kept = kept[0]
         if stop:
             break
     bar.close()
@@ -569,12 +594,20 @@ def train(config, rank, world, device, meet, at_exit):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")       # files may be named anything
+    sys.stdout, sys.stderr = Steady(sys.stdout), Steady(sys.stderr)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    code = 0
     try:
         main()
     except KeyboardInterrupt:
         print("stopped: the same command goes on from the last checkpoint")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    if dist.is_initialized() and code:
+        os._exit(code)              # the others may be gone or stuck: no farewell
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)
