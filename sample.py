@@ -254,7 +254,7 @@ def main(argv=None):
     elif args.label:
         if not args.label.isdecimal() or int(args.label) >= len(classes):
             fail(f"--label {args.label}: must be one of 0 to {len(classes) - 1}, or of "
-                 f"{', '.join(classes)}")
+                 f"{', '.join(classes)}, the classes of --ckpt {ckpt}")
         wanted = [int(args.label)]
     else:
         wanted = range(len(classes))

@@ -364,7 +364,7 @@ def train(config, rank, world, device, meet, at_exit):
     if start >= config.steps and not late:
         if master:
             print(f"{out} is at step {start} of {config.steps}: done. "
-                  f"More: --steps {2 * start}. Pictures: python sample.py")
+                  f"More: --steps {2 * start}. Pictures: python sample.py --ckpt {out}/model.pt")
         return
     net = model
     if config.compile == "on" or (not config.compile and cuda):
@@ -378,8 +378,8 @@ def train(config, rank, world, device, meet, at_exit):
         print(f"{config.model} U-ViT, {weights:.1f} M weights, {config.res} x {config.res}, "
               f"{classes} classes, batch {config.batch} on {world} x {device.type}"
               f"{' in bf16' if bf16 else ''}, steps {start} to {config.steps}.\n"
-              f"Everything goes to {out}/: look at grid.png. Stop at any time: the same command "
-              "resumes.", flush=True)
+              f"Everything goes to {out}/, grid.png every {config.sample_every} steps. Stop at any "
+              "time: the same command resumes.", flush=True)
         if not config.data and config.model == "tiny" and config.res == 64:
             print(EXPECT, flush=True)
 
@@ -567,8 +567,6 @@ def train(config, rank, world, device, meet, at_exit):
         if unreadable:
             bar.close()
             fail_for_pictures()
-        if report_due(done) and not stop:
-            report_now()
         if done % config.save_every == 0 or done == config.steps or stop:
             if not all_finite():
                 bar.close()
@@ -578,6 +576,8 @@ def train(config, rank, world, device, meet, at_exit):
             if ddp:
                 dist.broadcast_object_list(kept, group=meet)
             kept = kept[0]
+        if report_due(done) and not stop:
+            report_now()
         if stop:
             break
     bar.close()
@@ -590,7 +590,8 @@ def train(config, rank, world, device, meet, at_exit):
     if master and done < config.steps:
         print(f"stopped and saved at step {done}: the same command goes on")
     elif master:
-        print(f"done: {out}/grid.png, {out}/model.pt. Pictures: python sample.py")
+        grid_is = f"{out}/grid.png" if (out / "grid.png").exists() else "no grid yet"
+        print(f"done: {grid_is}, {out}/model.pt. Pictures: python sample.py --ckpt {out}/model.pt")
 
 
 if __name__ == "__main__":
