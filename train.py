@@ -213,7 +213,7 @@ def main(argv=None):
         one_node = env.get("LOCAL_WORLD_SIZE") == str(world)
         if one_node and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # torchrun --max-restarts: a rank is not to find the addresses of its last life
-            # (pytorch issue 135712). Several nodes count restarts apart: they need --node-rank.
+            # (pytorch #135712). Several nodes count restarts apart: they need --node-rank.
             agent = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
             store = dist.PrefixStore(f"life {env['TORCHELASTIC_RESTART_COUNT']}", agent)
         # Gradients travel by NCCL or gloo. By `meet` the processes agree, whatever the GPUs are at;
