@@ -1174,7 +1174,7 @@ def test_one_command_at_a_time_trains_in_a_folder(tmp_path, little, capsys, monk
     (tmp_path / "run").mkdir()
     held = checkpoint.lock(tmp_path / "run/log.jsonl")
     monkeypatch.setattr(train, "lock", lambda path, patience: checkpoint.lock(path, patience=0))
-    error = one_line(capsys, train.main, [*SMALL, "--out", tmp_path / "run"])
+    error = one_line(capsys, train.main, [*SMALL, "--steps", "1", "--out", tmp_path / "run"])
     assert error == f"--out {tmp_path}/run: another process trains there; end that, or give a new --out\n"
     held.close()
     run_train(tmp_path / "run", "--steps", "1")

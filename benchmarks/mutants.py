@@ -164,7 +164,7 @@ SURVIVAL_MUTANTS = [
     ("train.py", "if printable(name) not in named:", "if True:", "named_once"),
     ("train.py", "                named.add(printable(name))\n", "", "named_once"),
     ("train.py", "    late = report_due(start) and", "    late = False and", "sigterm_does_not"),
-    ("train.py", "            skipped += saved[\"skipped\"]\n", "", "never_reaches"),
+    ("train.py", "            skipped += int(saved[\"skipped\"])\n", "", "never_reaches"),
     ("train.py", "            if not all_finite():", "            if False:", "never_saved"),
     ("train.py", "torch.stack([loss.nan_to_num(0, 0, 0), loss.isfinite().float()])", "torch.stack([loss, loss.new_ones(())])", "never_reaches"),
     ("train.py", "if math.isfinite(value) else None", "if True else None", "never_reaches"),
