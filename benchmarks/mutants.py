@@ -121,7 +121,7 @@ TRAINER_MUTANTS = [     # and the tests that may notice, since these take longer
     ("train.py", "yield range(first, first + micro)", "yield range(step * config.batch, step * config.batch + micro)", "accumulation"),
     ("train.py", "draw_noise(config.seed, first, micro, config.res, device)", "draw_noise(config.seed, step, micro, config.res, device)", "ranks or accumulation"),
     ("train.py", "(loss / config.accum).backward()", "loss.backward()", "accumulation"),
-    ("train.py", "optimizer.load_state_dict(saved[\"optimizer\"])", "pass", "killed"),
+    ("train.py", "optimizer.load_state_dict(dict(state=state, param_groups=groups))", "pass", "killed"),
     ("train.py", "ema.load_state_dict(saved[\"ema\"])", "pass", "killed"),
     ("train.py", "seed_of(DROPOUT, config.seed, step, rank)", "seed_of(DROPOUT, config.seed, step - start, rank)", "killed"),
     ("train.py", "for step in range(start, config.steps):\n            for part", "for step in range(config.steps):\n            for part", "killed"),
