@@ -338,7 +338,7 @@ def train(config, rank, world, device, meet, at_exit):
             ema.load_state_dict(saved["ema"])
             start, seconds = saved["step"], float(saved["seconds"])
             skipped += int(saved["skipped"])
-            state = saved["optimizer"]["state"]     # which load_state_dict does not look at
+            state = saved["optimizer"]["state"]     # whose shapes load_state_dict does not check
             for i, p in enumerate(model.parameters()):
                 assert state[i].keys() == {"step", "exp_avg", "exp_avg_sq"}
                 assert state[i]["exp_avg"].shape == state[i]["exp_avg_sq"].shape == p.shape
@@ -378,8 +378,9 @@ def train(config, rank, world, device, meet, at_exit):
         print(f"{config.model} U-ViT, {weights:.1f} M weights, {config.res} x {config.res}, "
               f"{classes} classes, batch {config.batch} on {world} x {device.type}"
               f"{' in bf16' if bf16 else ''}, steps {start} to {config.steps}.\n"
-              f"Everything goes to {out}/, grid.png every {config.sample_every} steps. Stop at any "
-              "time: the same command resumes.", flush=True)
+              f"Everything goes to {out}/; its grid.png shows samples "
+              f"{f'every {config.sample_every} steps' if config.sample_every else 'never'}. "
+              "Stop at any time: the same command resumes.", flush=True)
         if not config.data and config.model == "tiny" and config.res == 64:
             print(EXPECT, flush=True)
 
