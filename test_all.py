@@ -184,7 +184,7 @@ def test_wavelet_is_jpeg_2000_reversible_on_integers(levels):
     ours = unfolded(wavelet.dwt(torch.from_numpy(exact)[None, None].double(), levels)[0].numpy(), levels)
     for a, b in zip(ours, slow_dwt(exact, levels, floor=True), strict=True):
         assert np.array_equal(a, b)
-    s, d = wavelet.lift(torch.from_numpy(x).double())
+    s, d = wavelet.lift(torch.from_numpy(x).double(), -1)
     for row, s_row, d_row in zip(x, s, d):
         floors = slow_lift([int(v) for v in row], floor=True)
         assert np.abs(s_row.numpy() - floors[0]).max() < 1 and np.abs(d_row.numpy() - floors[1]).max() < 1
@@ -193,7 +193,7 @@ def test_wavelet_is_jpeg_2000_reversible_on_integers(levels):
 def test_wavelet_has_the_taps_of_the_5_3_filter_bank():
     """Also at the borders, where the signal is mirrored about its first and last sample."""
     x = np.random.default_rng(2).normal(size=64)
-    s, d = (band.numpy() for band in wavelet.lift(torch.from_numpy(x)))
+    s, d = (band.numpy() for band in wavelet.lift(torch.from_numpy(x), -1))
     mirrored = np.pad(x, 2, mode="reflect")
     low = np.convolve(mirrored, np.array([-1, 2, 6, 2, -1]) / 8, "valid")
     high = np.convolve(mirrored[1:-1], np.array([-1, 2, -1]) / 2, "valid")
