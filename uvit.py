@@ -182,6 +182,11 @@ class UViT(nn.Module):
         return cls(config["res"], **shape, classes=classes, patch=config["patch"],
                    dropout_res=config["dropout_res"])
 
+    def blocks(self):
+        """All residual blocks, which hold most of the weights and of the activations."""
+        kinds = (ResBlock, MLPBlock, AttentionBlock)
+        return [part for part in self.modules() if isinstance(part, kinds)]
+
     def forward(self, z, logsnr, label=None):
         emb, skips = self.embedding(logsnr, label), []      # (B, emb)
         h = self.project_in(dwt(z, self.levels))            # (B, widths[0], top, top)
