@@ -225,6 +225,8 @@ def main(argv=None):
     parser.add_argument("--label", default="", help="a class, by name or number")
     parser.add_argument("--seed", type=whole, default=0)
     parser.add_argument("--batch", type=whole, default=16, help="pictures at a time")
+    parser.add_argument("--compile", action="store_true",
+                        help="compile the network, with CUDA graphs: a minute, for many pictures")
     args = parser.parse_args(argv)
 
     for name, least in dict(n=1, steps=1, batch=1, seed=0, guidance=0, gamma=0).items():
@@ -243,6 +245,8 @@ def main(argv=None):
         model, saved = load_model(ckpt, device)
     except ValueError as error:
         fail(f"--ckpt {error}")
+    if args.compile:
+        model.compile(mode="reduce-overhead")
     config, classes = saved["config"], saved["classes"]
     logsnr = logsnr_schedule(config["schedule"], config["res"], config["noise_d"])
 

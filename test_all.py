@@ -1403,6 +1403,58 @@ def test_two_ranks_equal_one_process(tmp_path):
     assert np.allclose(*losses, rtol=1e-5)
 
 
+def test_sharded_ranks_learn_what_ddp_learns_and_their_checkpoint_is_a_bare_whole_one(tmp_path, capsys):
+    flags = ["train.py", *SMALL, "--save-every", "1", "--drop-label", ".5", "--steps"]
+    two = [*TORCHRUN, "--nproc_per_node=2", *flags]
+    run_script(*two, "4", "--out", tmp_path / "ddp")
+    run_script(*two, "3", "--shard", "--recompute", "--accum", "2", "--sample-every", "2", "--out", tmp_path / "shard")
+    shutil.copytree(tmp_path / "shard", tmp_path / "one")
+    run_script(*two, "4", "--shard", "--out", tmp_path / "shard")                       # goes on sharded,
+    run_script(*PYTHON, *flags, "4", "--sample-every", "2", "--out", tmp_path / "one")  # and as one process
+    ddp, shard, one = (last_checkpoint(tmp_path / name) for name in ("ddp", "shard", "one"))
+    assert same_to_rounding(ddp, shard) and same_to_rounding(ddp, one)
+    assert ddp["model"].keys() == shard["model"].keys() and ddp.keys() == shard.keys()
+    for a, b in zip([*ddp["ema"].values(), *ddp["optimizer"]["state"][0].values()], [*shard["ema"].values(), *shard["optimizer"]["state"][0].values()]):
+        assert type(b) is torch.Tensor and a.shape == b.shape
+    reports = [log_lines(tmp_path / name, "loss_by_noise_level")[0] for name in ("shard", "one")]
+    assert reports[0] == reports[1] and Image.open(tmp_path / "shard/grid-0000002.png").size == (320, 128)
+    sampling.main(["--ckpt", str(tmp_path / "shard/model.pt"), "--n", "2", "--steps", "2", "--out", str(tmp_path / "pictures")])
+    assert (tmp_path / "pictures/000001.png").exists()
+
+
+def test_each_rank_of_a_sharded_run_keeps_its_share_alone(tmp_path):
+    script = tmp_path / "count.py"
+    script.write_text(f"""
+import os, sys
+sys.path.insert(0, {str(HERE)!r})
+import torch, train
+made, kept = [], torch.optim.AdamW
+torch.optim.AdamW = lambda *args, **options: made.append(kept(*args, **options)) or made[0]
+ema, honest = [], torch._foreach_lerp_
+torch._foreach_lerp_ = lambda averages, *rest: ema.append(sum(p.numel() for p in averages)) or honest(averages, *rest)
+train.main()
+weights = [p.to_local() for p in made[0].param_groups[0]["params"]]
+moments = [state["exp_avg"].to_local() for state in made[0].state.values()]
+counts = [sum(t.numel() for t in tensors) for tensors in (weights, moments)] + ema
+open({str(tmp_path)!r} + "/rank" + os.environ["RANK"], "w").write(str(counts))
+train.dist.destroy_process_group()
+""")
+    run_script(*TORCHRUN, "--nproc_per_node=2", script, *SMALL, "--shard", "--steps", "2", "--out", tmp_path / "run")
+    counts = [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1)]
+    whole = sum(weight.numel() for weight in last_checkpoint(tmp_path / "run")["model"].values())
+    assert all(a + b == whole and a < .6 * whole for a, b in zip(*counts)) and len(counts[0]) == 4
+
+
+def test_recompute_runs_each_block_twice_and_learns_the_same(tmp_path, little, monkeypatch):
+    calls, honest = [], uvit.MLPBlock.forward
+    monkeypatch.setattr(uvit.MLPBlock, "forward", lambda self, *args: calls.append(self) or honest(self, *args))
+    plain = run_train(tmp_path / "plain", "--steps", "2", "--dropout", ".3")
+    once = len(calls)
+    again = run_train(tmp_path / "again", "--steps", "2", "--dropout", ".3", "--recompute")
+    assert len(calls) == 3 * once                           # the masks of dropout, too, are the same
+    assert_same_bits(plain["model"], again["model"])
+
+
 def test_accumulation_4_x_2_equals_batch_8(tmp_path, little):
     whole, parts = run_train(tmp_path / "whole", "--steps", "4"), run_train(tmp_path / "parts", "--steps", "4", "--accum", "4")
     assert same_to_rounding(whole, parts)
@@ -1564,7 +1616,8 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, little, monkeypat
         assert all(torch.isfinite(w).all() for w in [*saved.get("model", {}).values(), *saved["ema"].values()])
 
 
-def test_nan_in_one_ranks_gradient_leaves_all_ranks_with_the_same_finite_weights(tmp_path):
+@pytest.mark.parametrize("flags", [[], ["--shard"]], ids=["ddp", "shard"])
+def test_nan_in_one_ranks_gradient_leaves_all_ranks_with_the_same_finite_weights(tmp_path, flags):
     script = tmp_path / "poisoned.py"
     script.write_text(f"""
 import os, sys
@@ -1579,10 +1632,10 @@ train.diffusion_loss = poisoned
 copied, nets = train.copy.deepcopy, []
 train.copy.deepcopy = lambda net: nets.append(net) or nets.append(copied(net)) or nets[-1]
 train.main()
-torch.save([net.state_dict() for net in nets], {str(tmp_path)!r} + "/rank" + os.environ["RANK"])
+torch.save([train.whole_of(net.state_dict()) for net in nets], {str(tmp_path)!r} + "/rank" + os.environ["RANK"])
 train.dist.destroy_process_group()
 """)
-    run_script(*TORCHRUN, "--nproc_per_node=2", script, *SMALL, "--steps", "6", "--out", tmp_path / "run")
+    run_script(*TORCHRUN, "--nproc_per_node=2", script, *SMALL, *flags, "--steps", "6", "--out", tmp_path / "run")
     first, second = (torch.load(tmp_path / f"rank{rank}") for rank in (0, 1))
     assert_same_bits(first, second)
     assert all(torch.isfinite(weight).all() for state in first for weight in state.values())
@@ -1704,6 +1757,16 @@ def trained_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "flowers"
     run_train(out, "--steps", "1")
     return out
+
+
+def test_compiled_samples_are_the_plain_ones(tmp_path, trained_run, little, monkeypatch):
+    asked, honest = [], uvit.UViT.compile
+    monkeypatch.setattr(uvit.UViT, "compile", lambda self, **options: asked.append(options) or honest(self, **options))
+    monkeypatch.setattr(sampling, "pick_device", lambda: (torch.device("cpu"), False))
+    for name, flags in dict(plain=[], fast=["--compile"]).items():
+        sampling.main(["--ckpt", str(trained_run / "model.pt"), "--n", "2", "--steps", "3", "--guidance", "2", "--out", str(tmp_path / name), *flags])
+    plain, fast = (np.load(tmp_path / name / "samples.npz")["arr_0"].astype(int) for name in ("plain", "fast"))
+    assert np.abs(plain - fast).max() <= 1 and asked == [dict(mode="reduce-overhead")]
 
 
 def test_sample_writes_grid_pngs_and_npz_the_same_on_one_rank_or_two(tmp_path, trained_run):

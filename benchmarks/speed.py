@@ -1,0 +1,484 @@
+"""Ours beside other implementations: the same work, in one run, in turn.
+
+    pip install einops PyWavelets ptwt "setuptools<81"
+    pip install --no-deps denoising-diffusion-pytorch pytorch_wavelets diffusers
+    pip install huggingface_hub safetensors regex requests filelock importlib_metadata
+    python benchmarks/speed.py                    all that this machine can do, as Markdown
+    python benchmarks/speed.py train wavelet      train, dial, wavelet, sample, load, start, ranks,
+                                                  memory; with CUDA also gpu
+
+Times are medians of rounds in which all contenders take turns. MFU is the FLOP/s that
+torch.utils.flop_counter counts, over those of a 4096-cube bfloat16 product (8192 on a GPU) in the
+same rounds. Rivals run eager and compiled. A rival that is not installed is left out with a word.
+"""
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from statistics import median
+
+HERE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HERE))
+warnings.simplefilter("ignore")
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+from data import Flowers, Pictures, draw_flower
+from loss import diffusion_loss
+from sample import pick_device, picture_noise, sample
+from schedule import logsnr_schedule
+from train import draw_noise
+from uvit import PRESETS, UViT
+from wavelet import dwt, idwt
+
+DEVICE = pick_device()[0]
+CUDA = DEVICE.type == "cuda"
+SHAPE = dict(widths=(128, 256, 512), blocks=(3, 3), depth=5, head=64, emb=384)      # 35.0 M at 64
+
+
+def say(text=""):
+    print(text, flush=True)
+
+
+def clock():
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def in_turn(rounds, **contenders):
+    """{name: function} -> {name: seconds of each round}, after two calls to warm up."""
+    times = {name: [] for name in contenders}
+    for k in range(-2, rounds):
+        for name, function in contenders.items():
+            start = clock()
+            function()
+            if k >= 0:
+                times[name].append(clock() - start)
+    return times
+
+
+def ratio(above, below):
+    """Median over rounds of above / below, and its lowest and highest."""
+    parts = sorted(a / b for a, b in zip(above, below))
+    return f"{median(parts):.2f} ({parts[0]:.2f} to {parts[-1]:.2f})"
+
+
+def product(n=8192 if CUDA else 4096):
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    return (lambda: a @ b), 2 * n**3
+
+
+# ---------------------------------------------------------------------------- the networks
+
+def ours(res=64, shape=SHAPE):
+    return UViT(res, **shape)
+
+
+def ddp_uvit(**shape):
+    """The U-ViT of denoising-diffusion-pytorch: its file alone, the package wants more."""
+    found = importlib.util.find_spec("denoising_diffusion_pytorch").submodule_search_locations[0]
+    spec = importlib.util.spec_from_file_location("rival", Path(found, "simple_diffusion.py"))
+    rival = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(rival)
+    shape = shape or dict(dim=128, dim_mults=(2, 4), vit_depth=5, attn_dim_head=64, attn_heads=4)
+    return rival.UViT(**shape, vit_dropout=0.0, out_dim=3)
+
+
+def diffusers_unet():
+    from diffusers import UNet2DModel
+    unet = UNet2DModel(sample_size=64, block_out_channels=(96, 192, 384), layers_per_block=2,
+                       attention_head_dim=64,
+                       down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+                       up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"))
+
+    class Unet(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unet = unet
+
+        def forward(self, z, logsnr):
+            return self.unet(z, logsnr).sample
+    return Unet()
+
+
+NETS = {"ours": ours, "denoising-diffusion-pytorch": ddp_uvit, "diffusers UNet2DModel": diffusers_unet}
+
+
+def build(name, how, make=None):
+    """A network as train.py (how: "eager" or "compiled") makes it ready."""
+    torch.manual_seed(0)
+    model = (make or NETS[name])().to(DEVICE)
+    if how == "compiled":
+        if name == "ours":
+            model.to(memory_format=torch.channels_last)
+        model.compile()
+    return model
+
+
+def training_step(model, res, batch, bf16=True):
+    """What one step of train.py does, loading apart: noise, loss, gradient, AdamW, EMA -> step."""
+    ema = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+    logsnr = logsnr_schedule("shifted", res)
+    x = torch.randn(batch, 3, res, res, device=DEVICE).clamp(-1, 1)
+    net = lambda z, logsnr_t, label: model(z, logsnr_t)
+
+    def step():
+        t, eps, _ = draw_noise(0, 0, batch, res, DEVICE)
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
+            loss = diffusion_loss(net, x, t, eps, logsnr, multiscale=res >= 512)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        torch._foreach_lerp_(ema, list(model.parameters()), 0.001)
+    return step
+
+
+def flops(function):
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def installed(nets):
+    for name in list(nets):
+        try:
+            with torch.device("meta"):
+                NETS[name]()
+            yield name
+        except Exception as error:
+            say(f"(left out: {name}: {type(error).__name__}: {str(error).splitlines()[0][:90]})")
+
+
+def memory_of(name, how, batch):
+    """Peak memory of a process that does three steps, MB: the growth since its imports."""
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    step = training_step(build(name, how), 64, batch)
+    for _ in range(3):
+        step()
+    if CUDA:
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+
+
+def train(rounds=5, batch=8):
+    say(f"\n### Training, 64 x 64, batch {batch}, bf16\n")
+    matmul, cost = product()
+    steps, sizes, work = dict(product=matmul), {}, {}
+    for name in installed(NETS):
+        model = build(name, "eager")
+        sizes[name] = sum(p.numel() for p in model.parameters()) / 1e6
+        steps[name, "eager"] = training_step(model, 64, batch)
+        work[name] = flops(steps[name, "eager"])
+        steps[name, "compiled"] = training_step(build(name, "compiled"), 64, batch)
+    for name in work:
+        assert abs(sizes[name] / sizes["ours"] - 1) < .05, (name, sizes)
+        assert abs(work[name] / work["ours"] - 1) < .05, (name, work)
+    times = in_turn(rounds, **{str(i): step for i, step in enumerate(steps.values())})
+    times = dict(zip(steps, times.values()))
+    peak = times.pop("product")
+    say("| network | weights, M | GFLOP / picture | | pictures/s | MFU | FLOP/s of ours over its | "
+        "peak memory, MB |\n|-|-|-|-|-|-|-|-|")
+    ours_at = min([("ours", how) for how in ("eager", "compiled")], key=lambda k: median(times[k]))
+    for (name, how), seconds in times.items():
+        child = [sys.executable, __file__, "child", name, how, str(batch)]
+        memory = float(subprocess.run(child, capture_output=True, text=True, check=True).stdout)
+        mfu = ratio([work[name] / s for s in seconds], [cost / s for s in peak])
+        ahead = ratio([work["ours"] / s for s in times[ours_at]], [work[name] / s for s in seconds])
+        say(f"| {name} | {sizes[name]:.1f} | {work[name] / batch / 1e9:.1f} | {how} | "
+            f"{batch / median(seconds):.2f} | {mfu} | {ahead} | {memory:.0f} |")
+    say(f"\nThe product: {cost / median(peak) / 1e9:.0f} GFLOP/s.")
+
+
+# ---------------------------------------------------------------------------- the dial
+
+def dial(rounds=5, batch=4):
+    say(f"\n### The dial: one training step, batch {batch}, bf16, loading apart\n")
+    say("| model | " + " | ".join(f"{res}" for res in (64, 128, 256, 512, 1024)) + " |\n|-|-|-|-|-|-|")
+    for preset in ("tiny", "small"):
+        steps = {str(res): training_step(ours(res, PRESETS[preset]).to(DEVICE), res, batch)
+                 for res in (64, 128, 256, 512, 1024)}
+        times = in_turn(rounds, **steps)
+        say(f"| `{preset}`, over its step at 128 | "
+            + " | ".join(ratio(times[res], times["128"]) for res in times) + " |")
+
+
+# ---------------------------------------------------------------------------- wavelet
+
+def wavelet(rounds=11):
+    say("\n### Wavelet: two levels there and back, (8, 3, 512, 512), float32\n")
+    x = torch.randn(8, 3, 512, 512, device=DEVICE)
+    compiled = torch.compile(lambda x: idwt(dwt(x, 2), 2))
+    contenders = {"ours, eager": lambda: idwt(dwt(x, 2), 2), "ours, compiled": lambda: compiled(x)}
+    with contextlib.suppress(ImportError):
+        import pywt
+        array, how = x.cpu().numpy(), dict(wavelet="bior2.2", mode="reflect")
+        contenders["PyWavelets"] = lambda: pywt.waverec2(pywt.wavedec2(array, level=2, **how), **how)
+    with contextlib.suppress(ImportError):
+        import ptwt
+        there_and_back = lambda x: ptwt.waverec2(
+            ptwt.wavedec2(x, "bior2.2", mode="reflect", level=2), "bior2.2")
+        contenders["ptwt"] = lambda: there_and_back(x)
+    with contextlib.suppress(ImportError):
+        from pytorch_wavelets import DWTForward, DWTInverse
+        there = DWTForward(J=2, wave="bior2.2", mode="symmetric").to(DEVICE)
+        back = DWTInverse(wave="bior2.2", mode="symmetric").to(DEVICE)
+        contenders["pytorch_wavelets"] = lambda: back(there(x))
+        compiled_there, compiled_back = torch.compile(there), torch.compile(back)
+        contenders["pytorch_wavelets, compiled"] = lambda: compiled_back(compiled_there(x))
+    contenders["a copy"] = lambda: x.clone()
+    with torch.no_grad():
+        times = in_turn(rounds, **contenders)
+    best = min(("ours, eager", "ours, compiled"), key=lambda name: median(times[name]))
+    say("| | ms | over ours |\n|-|-|-|")
+    for name, seconds in times.items():
+        say(f"| {name} | {1e3 * median(seconds):.1f} | {ratio(seconds, times[best])} |")
+    model = ours(512, PRESETS["small"]).to(DEVICE)
+    y = dwt(x, 2).requires_grad_()
+
+    def layers():
+        dwt(x, 2)
+        idwt(y, 2).backward(x)
+    times = in_turn(5, step=training_step(model, 512, 8), layers=layers)
+    share = [100 * a / b for a, b in zip(times["layers"], times["step"])]
+    say(f"\nFirst and last layer with the gradient of the last, eager: {median(share):.2f}% of a "
+        "training step of `small` at 512, batch 8.")
+
+
+# ---------------------------------------------------------------------------- sampling
+
+def sampling(rounds=5, batch=8, steps=64):
+    say(f"\n### Sampling, 64 x 64, bf16, eager\n")
+    model = build("ours", "eager").eval()
+    model.classes, inside = 10, []
+    logsnr = logsnr_schedule("shifted", 64)
+    label = torch.zeros(2, dtype=torch.long, device=DEVICE)
+
+    class Timed:
+        classes = 10
+
+        def __call__(self, z, logsnr, label):
+            start = clock()
+            v_hat = model(z, logsnr)
+            inside.append(clock() - start)
+            return v_hat
+
+    def draw(steps, guidance=1.0):
+        noise = picture_noise(0, range(2), 64, DEVICE)
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            sample(Timed(), logsnr, noise, steps, label, guidance=guidance)
+
+    draw(4)
+    parts = []
+    for _ in range(3):
+        inside.clear()
+        start = clock()
+        draw(steps)
+        total = clock() - start
+        parts.append(100 * (total - sum(inside)) / total)
+        assert len(inside) == steps
+    say(f"Outside of the network: {median(parts):.2f}% of a {steps}-step sample of 2 pictures "
+        f"({min(parts):.2f} to {max(parts):.2f}).")
+    times = in_turn(rounds, one=lambda: draw(8), two=lambda: draw(8, 2.0))
+    say(f"With guidance over without: {ratio(times['two'], times['one'])}.\n")
+
+    matmul, cost = product()
+    z, at = torch.randn(batch, 3, 64, 64, device=DEVICE), torch.zeros(batch, device=DEVICE)
+
+    def call(model):
+        def forward():
+            with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16):
+                model(z, at)
+        return forward
+    calls = {(name, how): call(build(name, how).eval())
+             for name in installed(NETS) for how in ("eager", "compiled")}
+    work = {name: flops(calls[name, "eager"]) for name, _ in calls}
+    times = in_turn(rounds, product=matmul, **{str(i): f for i, f in enumerate(calls.values())})
+    peak = times.pop("product")
+    times = dict(zip(calls, times.values()))
+    best = min(("eager", "compiled"), key=lambda how: median(times["ours", how]))
+    say(f"One call of the network, batch {batch}:\n\n| network | | MFU | FLOP/s of ours over its |\n|-|-|-|-|")
+    for (name, how), seconds in times.items():
+        mfu = ratio([work[name] / s for s in seconds], [cost / s for s in peak])
+        ahead = ratio([work["ours"] / s for s in times["ours", best]],
+                      [work[name] / s for s in seconds])
+        say(f"| {name} | {how} | {mfu} | {ahead} |")
+
+
+# ---------------------------------------------------------------------------- loading
+
+def loading(rounds=5, count=16):
+    say("\n### Loading, one core\n")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder = Path(tempfile.mkdtemp(), "a")
+    folder.mkdir()
+    for i in range(count):                  # grainy, as photographs are: 0.7 MB each
+        rng = np.random.default_rng(i)
+        picture, _ = draw_flower(rng, 3 + i % 10, 2000)
+        picture = picture + rng.normal(0, .02, picture.shape)
+        Image.fromarray((picture.clip(0, 1) * 255).astype(np.uint8)).save(folder / f"{i}.jpg", quality=90)
+    try:
+        from torchvision import transforms
+        from torchvision.datasets import ImageFolder
+        folder_set = {res: ImageFolder(str(folder.parent), transforms.Compose([
+            transforms.Resize(res), transforms.RandomCrop(res), transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(), transforms.Normalize(.5, .5)])) for res in (256, 512)}
+        rival, name = (lambda i, res: folder_set[res][i]), "torchvision"
+    except Exception:
+        def rival(i, res):
+            """ImageFolder's loader, Resize, RandomCrop, RandomHorizontalFlip, ToTensor, Normalize."""
+            with open(folder / f"{i}.jpg", "rb") as file:
+                image = Image.open(file).convert("RGB")
+            scale = res / min(image.size)
+            size = [max(res, int(side * scale)) for side in image.size]
+            image = image.resize(size, Image.Resampling.BILINEAR).crop((0, 0, res, res))
+            if torch.rand(1) < .5:
+                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            pixels = torch.from_numpy(np.array(image, copy=True)).permute(2, 0, 1).contiguous()
+            return pixels.float().div(255).sub_(.5).div_(.5)
+        name = "PIL, as torchvision's ImageFolder"
+
+    def each(load, n=count):
+        return lambda: [load(i) for i in range(n)]
+    contenders = {}
+    for res in (256, 512):
+        contenders[f"{name}, JPEG, {res}"] = each(lambda i, res=res: rival(i, res))
+        contenders[f"ours, JPEG, {res}"] = lambda res=res: [Pictures(folder.parent, res)[i] for i in range(count)]
+    for res in (64, 128, 256, 512):
+        contenders[f"ours, flowers, {res}"] = each(Flowers(res).__getitem__)
+    times = in_turn(rounds, **contenders)
+    shutil.rmtree(folder.parent)
+    torch.set_num_threads(threads)
+    say(f"JPEGs of 2,000 x 2,000 pixels, 0.7 MB each.\n\n| | ms a picture | {name} at 256 over it |\n|-|-|-|")
+    for each_name, seconds in times.items():
+        say(f"| {each_name} | {1e3 * median(seconds) / count:.1f} | "
+            f"{ratio(times[f'{name}, JPEG, 256'], seconds)} |")
+
+
+# ---------------------------------------------------------------------------- whole commands
+
+def command(*arguments, ranks=0, threads=None, **env):
+    """train.py in a process (or torchrun's ranks) of its own -> seconds, lines of its log."""
+    start = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    with tempfile.TemporaryDirectory() as out:
+        call = [sys.executable, *(["-m", *start] if ranks else []), HERE / "train.py", "--out", f"{out}/run",
+                "--sample-every", "0", *arguments]
+        env = os.environ | env | (dict(OMP_NUM_THREADS=str(threads)) if threads else {})
+        began = time.perf_counter()
+        subprocess.run(list(map(str, call)), check=True, capture_output=True, env=env)
+        took = time.perf_counter() - began
+        return took, [json.loads(line) for line in open(f"{out}/run/log.jsonl")]
+
+
+def start():
+    say("\n### From the command to the first step (one step, its checkpoint and the end included)\n")
+    say("| command | seconds |\n|-|-|")
+    times = [command("--steps", 1)[0] for _ in range(5)]
+    say(f"| `python train.py --steps 1` | {median(times):.1f} ({min(times):.1f} to {max(times):.1f}) |")
+    with tempfile.TemporaryDirectory() as cache:
+        env = dict(TORCHINDUCTOR_CACHE_DIR=cache)
+        times = [command("--steps", 1, "--compile", "on", **env)[0] for _ in range(4)]
+    say(f"| `python train.py --steps 1 --compile on`, no cache | {times[0]:.1f} |")
+    say(f"| the same again | {median(times[1:]):.1f} ({min(times[1:]):.1f} to {max(times[1:]):.1f}) |")
+
+
+def ranks(rounds=3):
+    say("\n### Two ranks with a thread each, over one process with two threads, same global batch\n")
+    say("| model | pictures/s of two ranks over one |\n|-|-|")
+    for model, batch, steps in (("tiny", 32, 24), ("small", 8, 6)):
+        ends = []
+        for _ in range(rounds):
+            speeds = []
+            for how in (dict(threads=2), dict(ranks=2, threads=1)):
+                _, log = command("--model", model, "--res", 64, "--batch", batch, "--steps", steps,
+                                 "--log-every", steps // 3, **how)
+                speeds.append(max(line["images_per_second"] for line in log[1:]))
+            ends.append(speeds)
+        say(f"| `{model}`, batch {batch} | {ratio([b for a, b in ends], [a for a, b in ends])} |")
+
+
+def memory():
+    """Weights, gradient, two moments and EMA in float32: 20 bytes a weight; activations apart."""
+    say("\n### Memory of `paper` at 512 on each GPU, activations apart, computed\n")
+    with torch.device("meta"):
+        model = UViT(512, **PRESETS["paper"], classes=1000)
+    weights = sum(p.numel() for p in model.parameters())
+    largest = max(sum(p.numel() for p in block.parameters()) for block in model.blocks())
+    rest = weights - sum(p.numel() for block in model.blocks() for p in block.parameters())
+    say(f"{weights / 1e6:,.0f} M weights; the largest block has {largest / 1e6:.1f} M, what is in none "
+        f"{rest / 1e6:.1f} M.\n\n| GPUs | DDP, GB | `--shard`, GB |\n|-|-|-|")
+    for gpus in (1, 8, 64):
+        # A rank's share of everything; what is in no block, and two blocks (one on its way), whole.
+        shared = 20 * weights / gpus + 4 * (rest + 2 * largest) * (gpus > 1)
+        say(f"| {gpus} | {20 * weights / 1e9:.1f} | {shared / 1e9:.1f} |")
+
+
+def gpu():
+    """Needs CUDA: `base` and `paper` at 512, the sampler with and without CUDA graphs, the wavelet."""
+    say("\n### One GPU, 512 x 512, bf16, compiled\n")
+    matmul, cost = product()
+    batch, steps, made = 16, {}, {}
+    made["ours, `base`"] = build("ours", "compiled", lambda: ours(512, PRESETS["base"]))
+    made["denoising-diffusion-pytorch"] = build("rival", "compiled", lambda: ddp_uvit(
+        dim=160, dim_mults=(2, 4, 6), patch_size=4, vit_depth=23, attn_dim_head=64, attn_heads=15))
+    for name, model in made.items():
+        steps[name] = training_step(model, 512, batch)
+        work = flops(training_step(model, 512, 1)) * batch
+        size = sum(p.numel() for p in model.parameters()) / 1e6
+        times = in_turn(10, step=steps[name], product=matmul)
+        mfu = ratio([work / s for s in times["step"]], [cost / s for s in times["product"]])
+        say(f"{name}: {size:.0f} M weights, {work / batch / 1e9:.0f} GFLOP a picture, "
+            f"{batch / median(times['step']):.1f} pictures/s, MFU {mfu}")
+    model = made.pop("ours, `base`").eval()
+    del made, steps
+    plain = lambda z, logsnr, label: model(z, logsnr)
+    graphs = torch.compile(plain, mode="reduce-overhead")
+    noise = picture_noise(0, range(8), 512, DEVICE)
+    for name, net in dict(compiled=plain, graphs=graphs).items():
+        with torch.autocast("cuda", torch.bfloat16):
+            times = in_turn(5, sample=lambda: sample(net, logsnr_schedule("shifted", 512), noise, 64))
+        say(f"`base`, 64 steps, {name}: {8 / median(times['sample']):.2f} pictures/s")
+    del model
+    paper = UViT(512, **PRESETS["paper"]).to(DEVICE)
+    from functools import partial
+    from torch.utils.checkpoint import checkpoint
+    for block in paper.blocks():
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    paper.compile()
+    work = flops(training_step(paper, 512, 1)) * 32         # with what is computed twice
+    times = in_turn(3, step=training_step(paper, 512, 32), product=matmul)
+    say(f"`paper --recompute`, batch 32: {32 / median(times['step']):.1f} pictures/s, MFU (with what "
+        f"is computed twice) {ratio([work / s for s in times['step']], [cost / s for s in times['product']])}, "
+        f"{torch.cuda.max_memory_allocated() / 2**30:.0f} GiB")
+
+
+SECTIONS = dict(train=train, dial=dial, wavelet=wavelet, sample=sampling, load=loading, start=start,
+                ranks=ranks, memory=memory, gpu=gpu)
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["child"]:
+        print(memory_of(sys.argv[2], sys.argv[3], int(sys.argv[4])))
+        sys.exit()
+    wanted = sys.argv[1:] or [name for name in SECTIONS if name != "gpu" or CUDA]
+    assert set(wanted) <= set(SECTIONS), f"sections: {', '.join(SECTIONS)}"
+    say(f"torch {torch.__version__}, "
+        f"{torch.cuda.get_device_name() if CUDA else f'{torch.get_num_threads()} CPU threads'}")
+    for name in wanted:
+        SECTIONS[name]()
