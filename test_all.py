@@ -787,6 +787,17 @@ def test_crop_keeps_the_shorter_side_and_stays_inside(tmp_path):
     assert min(lefts) >= 0 and max(lefts) <= 160 and len(lefts) > 30
 
 
+def test_jpeg_is_decoded_no_larger_than_needed_and_looks_the_same(tmp_path, monkeypatch):
+    flower, _ = data.draw_flower(np.random.default_rng(3), 7, 800)
+    Image.fromarray((flower * 255).astype(np.uint8)).save(tmp_path / "flower.jpg", quality=95)
+    whole = Image.open(tmp_path / "flower.jpg").convert("RGB").resize((64, 64), Image.Resampling.LANCZOS)
+    decoded, honest = [], data.to_rgb
+    monkeypatch.setattr(data, "to_rgb", lambda image: decoded.append(image.size) or honest(image))
+    ours = data.Pictures(tmp_path, 64).open("flower.jpg")
+    assert decoded == [(100, 100)] and ours.size == (64, 64)        # an eighth: the least above 96
+    assert np.square(np.asarray(ours, float) - np.asarray(whole, float)).mean() < 255**2 / 10**4    # 40 dB
+
+
 def test_corrupt_file_is_named_and_skipped(tmp_path):
     write_folder(tmp_path, 6, classes=())
     (tmp_path / "bad.png").write_bytes(b"this is not a picture")
@@ -1443,6 +1454,47 @@ train.dist.destroy_process_group()
     counts = [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1)]
     whole = sum(weight.numel() for weight in last_checkpoint(tmp_path / "run")["model"].values())
     assert all(a + b == whole and a < .6 * whole for a, b in zip(*counts)) and len(counts[0]) == 4
+
+
+def test_weights_not_finite_in_one_share_alone_are_never_saved(tmp_path):
+    script = tmp_path / "spoiled.py"
+    script.write_text(f"""
+import os, sys
+sys.path.insert(0, {str(HERE)!r})
+import torch, train
+honest = torch._foreach_lerp_
+def spoiled(averages, weights, share):
+    honest(averages, weights, share)
+    if os.environ["RANK"] == "1":
+        averages[0].view(-1)[0] = float("inf")
+torch._foreach_lerp_ = spoiled
+train.main()
+""")
+    words = run_script(*TORCHRUN, "--nproc_per_node=2", script, *SMALL, "--shard", "--steps", "1", "--out", tmp_path / "run", code=1)
+    assert "weights are no longer finite, nothing was saved" in words and not list((tmp_path / "run").glob("*.pt"))
+
+
+def test_sigterm_to_one_of_two_sharded_ranks_ends_their_report_together(tmp_path):
+    script = tmp_path / "told.py"
+    script.write_text(f"""
+import os, signal, sys
+sys.path.insert(0, {str(HERE)!r})
+import train
+honest = train.sample
+def told(model, logsnr, noise, *args, **options):
+    def and_told():
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return noise()
+    return honest(model, logsnr, and_told, *args, **options)
+train.sample = told
+train.main()
+train.dist.destroy_process_group()
+""")
+    flags = [*SMALL, "--shard", "--steps", "2", "--sample-every", "1", "--timeout", ".25", "--out", tmp_path / "run"]
+    words = run_script(*TORCHRUN, "--nproc_per_node=2", script, *flags)
+    assert "stopped and saved at step 2" in words or "done" in words, words
+    assert not list((tmp_path / "run").glob("grid*"))
 
 
 def test_recompute_runs_each_block_twice_and_learns_the_same(tmp_path, little, monkeypatch):

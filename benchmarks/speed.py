@@ -94,7 +94,7 @@ def ddp_uvit(**shape):
     rival = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(rival)
     shape = shape or dict(dim=144, dim_mults=(2, 3), vit_depth=5, attn_dim_head=64, attn_heads=4)
-    return rival.UViT(**shape, vit_dropout=0.0, out_dim=3)
+    return rival.UViT(**shape, vit_dropout=0.0)
 
 
 def diffusers_unet():
@@ -207,15 +207,32 @@ def train(rounds=5, batch=8):
 
 # ---------------------------------------------------------------------------- the dial
 
+class Pixels(torch.nn.Module):
+    """What a network costs that has nothing between its first and its last layer."""
+
+    def __init__(self, levels):
+        super().__init__()
+        self.levels, self.scale = levels, torch.nn.Parameter(torch.ones(3 * 4**levels, 1, 1))
+
+    def forward(self, z, logsnr):
+        return idwt(dwt(z, self.levels) * self.scale, self.levels)
+
+
 def dial(rounds=5, batch=4):
-    say(f"\n### The dial: one training step, batch {batch}, bf16, loading apart\n")
-    say("| model | " + " | ".join(f"{res}" for res in (64, 128, 256, 512, 1024)) + " |\n|-|-|-|-|-|-|")
+    sides = ("64", "128", "256", "512", "1024")
+    say(f"\n### The dial: one training step, batch {batch}, bf16, eager, loading apart\n")
+    say("| | " + " | ".join(sides) + " |\n|-|-|-|-|-|-|")
     for preset in ("tiny", "small"):
-        steps = {str(res): training_step(ours(res, PRESETS[preset]).to(DEVICE), res, batch)
-                 for res in (64, 128, 256, 512, 1024)}
-        times = in_turn(rounds, **steps)
+        steps, pixels = {}, {}
+        for side in sides:
+            model = ours(int(side), PRESETS[preset]).to(DEVICE)
+            steps[side] = training_step(model, int(side), batch)
+            pixels["pixels " + side] = training_step(Pixels(model.levels).to(DEVICE), int(side), batch)
+        times = in_turn(rounds, **steps, **pixels)
         say(f"| `{preset}`, over its step at 128 | "
-            + " | ".join(ratio(times[res], times["128"]) for res in times) + " |")
+            + " | ".join(ratio(times[side], times["128"]) for side in sides) + " |")
+        say("| of which noise, wavelet and loss | "
+            + " | ".join(ratio(times["pixels " + side], times["128"]) for side in sides) + " |")
 
 
 # ---------------------------------------------------------------------------- wavelet
@@ -436,7 +453,7 @@ def gpu():
     batch, steps, made = 16, {}, {}
     made["ours, `base`"] = build("ours", "compiled", lambda: ours(512, PRESETS["base"]))
     made["denoising-diffusion-pytorch"] = build("rival", "compiled", lambda: ddp_uvit(
-        dim=160, dim_mults=(2, 4, 6), patch_size=4, vit_depth=23, attn_dim_head=64, attn_heads=15))
+        dim=88, dim_mults=(1, 2, 12), patch_size=4, vit_depth=22, attn_dim_head=64, attn_heads=14))
     for name, model in made.items():
         steps[name] = training_step(model, 512, batch)
         work = flops(training_step(model, 512, 1)) * batch
