@@ -1466,7 +1466,7 @@ honest = torch._foreach_lerp_
 def spoiled(averages, weights, share):
     honest(averages, weights, share)
     if os.environ["RANK"] == "1":
-        averages[0].view(-1)[0] = float("inf")
+        max(averages, key=torch.numel).view(-1)[0] = float("inf")
 torch._foreach_lerp_ = spoiled
 train.main()
 """)
@@ -1811,7 +1811,7 @@ def trained_run(tmp_path_factory):
     return out
 
 
-def test_compiled_samples_are_the_plain_ones(tmp_path, trained_run, little, monkeypatch):
+def test_compiled_samples_are_the_plain_ones(tmp_path, trained_run, monkeypatch):
     asked, honest = [], uvit.UViT.compile
     monkeypatch.setattr(uvit.UViT, "compile", lambda self, **options: asked.append(options) or honest(self, **options))
     monkeypatch.setattr(sampling, "pick_device", lambda: (torch.device("cpu"), False))

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -311,7 +311,9 @@ def train(config, rank, world, device, meet, at_exit):
 
     # -- model
     torch.manual_seed(config.seed)
-    model = UViT.from_config(vars(config), classes).to(device)
+    model = UViT.from_config(vars(config), classes)
+    if not config.shard:                    # shares move there one by one: no GPU has to hold all
+        model.to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     for block in model.blocks():
         if config.compile == "on" and config.shard:     # shares are put together outside of it
@@ -319,17 +321,15 @@ def train(config, rank, world, device, meet, at_exit):
         if config.recompute:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if config.shard:
-        mesh = init_device_mesh(device.type, (world,))
+        mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
         for part in [*model.blocks(), model, *ema.blocks(), ema]:
             fully_shard(part, mesh=mesh, reshard_after_forward=True)
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.99), eps=1e-12,
                                   weight_decay=0, fused=True)
     logsnr = logsnr_schedule(config.schedule, config.res, config.noise_d)
 
-    def all_finite():
-        parts = [*model.parameters(), *ema.parameters(),
-                 *(part for parts in optimizer.state.values() for part in parts.values())]
-        return torch.nn.utils.get_total_norm(shares(parts)).isfinite()
+    def finite(tensors):
+        return torch.nn.utils.get_total_norm(tensors).isfinite()
 
     # -- the run's folder, which belongs to rank 0 of one command at a time
     out, start, seconds, log, named = Path(config.out), 0, 0.0, None, set()
@@ -383,6 +383,8 @@ def train(config, rank, world, device, meet, at_exit):
             start, seconds = saved["step"], float(saved["seconds"])
             skipped += int(saved["skipped"])
             state = saved["optimizer"]["state"]     # whose shapes load_state_dict does not check
+            parts = [part for parts in state.values() for part in parts.values()]
+            assert finite([*saved["model"].values(), *saved["ema"].values(), *parts])
             for i, p in enumerate(model.parameters()):
                 assert state[i].keys() == {"step", "exp_avg", "exp_avg_sq"}
                 assert state[i]["exp_avg"].shape == state[i]["exp_avg_sq"].shape == p.shape
@@ -391,7 +393,6 @@ def train(config, rank, world, device, meet, at_exit):
                 state[i] |= shared_as(moments, {name: state[i][name] for name in moments})
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict(dict(state=state, param_groups=groups))
-            assert all_finite()
         except Exception:
             fail(f"{newest}: does not hold the network its configuration describes, or not whole")
         del saved
@@ -614,10 +615,11 @@ def train(config, rank, world, device, meet, at_exit):
             bar.close()
             fail_for_pictures()
         if done % config.save_every == 0 or done == config.steps or stop:
-            finite = all_finite().int().cpu()
+            parts = [part for parts in optimizer.state.values() for part in parts.values()]
+            sound = finite(shares([*model.parameters(), *ema.parameters(), *parts])).int().cpu()
             if ddp:
-                dist.all_reduce(finite, dist.ReduceOp.MIN, meet)
-            if not finite:
+                dist.all_reduce(sound, dist.ReduceOp.MIN, meet)
+            if not sound:
                 bar.close()
                 fail(f"step {done}: weights are no longer finite, nothing was saved; the last good "
                      f"checkpoint is {last_good()}; a new --out with a lower --lr may do", 1)

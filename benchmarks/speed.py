@@ -142,14 +142,23 @@ def training_step(model, res, batch, bf16=True):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        torch._foreach_lerp_(ema, list(model.parameters()), 0.001)
+        with torch.no_grad():
+            torch._foreach_lerp_(ema, list(model.parameters()), 0.001)
     return step
 
 
-def flops(function):
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops()
+def flops(make, res, backward=True):
+    """FLOPs of a call for one picture, with its gradient or without -> FLOPs, weights.
+
+    On the meta device: the counter knows no CPU attention, and a compiler gives up under it.
+    """
+    with torch.device("meta"):
+        model = make()
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+            v_hat = model(torch.empty(1, 3, res, res), torch.empty(1))
+            if backward:
+                v_hat.float().square().mean().backward()
+    return counter.get_total_flops(), sum(p.numel() for p in model.parameters())
 
 
 def installed(nets):
@@ -167,6 +176,8 @@ def memory_of(name, how, batch):
     def most():                             # ru_maxrss would begin with what the parent had
         return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
+    import torch._inductor.compile_fx       # noqa: what is imported does not count
+    flops(NETS[name], 64)
     before = 0 if CUDA else most()
     step = training_step(build(name, how), 64, batch)
     for _ in range(3):
@@ -181,10 +192,9 @@ def train(rounds=5, batch=8):
     matmul, cost = product()
     steps, sizes, work = dict(product=matmul), {}, {}
     for name in installed(NETS):
-        model = build(name, "eager")
-        sizes[name] = sum(p.numel() for p in model.parameters()) / 1e6
-        steps[name, "eager"] = training_step(model, 64, batch)
-        work[name] = flops(steps[name, "eager"])
+        cost_of_one, weights = flops(NETS[name], 64)
+        sizes[name], work[name] = weights / 1e6, batch * cost_of_one
+        steps[name, "eager"] = training_step(build(name, "eager"), 64, batch)
         steps[name, "compiled"] = training_step(build(name, "compiled"), 64, batch)
     for name in work:
         assert abs(sizes[name] / sizes["ours"] - 1) < .05, (name, sizes)
@@ -280,7 +290,7 @@ def wavelet(rounds=11):
 # ---------------------------------------------------------------------------- sampling
 
 def sampling(rounds=5, batch=8, steps=64):
-    say(f"\n### Sampling, 64 x 64, bf16, eager\n")
+    say(f"\n### Sampling, 64 x 64, bf16\n")
     model = build("ours", "eager").eval()
     model.classes, inside = 10, []
     logsnr = logsnr_schedule("shifted", 64)
@@ -324,7 +334,7 @@ def sampling(rounds=5, batch=8, steps=64):
         return forward
     calls = {(name, how): call(build(name, how).eval())
              for name in installed(NETS) for how in ("eager", "compiled")}
-    work = {name: flops(calls[name, "eager"]) for name, _ in calls}
+    work = {name: batch * flops(NETS[name], 64, backward=False)[0] for name, _ in calls}
     times = in_turn(rounds, product=matmul, **{str(i): f for i, f in enumerate(calls.values())})
     peak = times.pop("product")
     times = dict(zip(calls, times.values()))
@@ -406,8 +416,8 @@ def command(*arguments, ranks=0, threads=None, **env):
 def start():
     say("\n### From the command to the first step (one step, its checkpoint and the end included)\n")
     say("| command | seconds |\n|-|-|")
-    times = [command("--steps", 1)[0] for _ in range(5)]
-    say(f"| `python train.py --steps 1` | {median(times):.1f} ({min(times):.1f} to {max(times):.1f}) |")
+    times = [command("--steps", 1, "--compile", "off")[0] for _ in range(5)]
+    say(f"| `python train.py --steps 1 --compile off` | {median(times):.1f} ({min(times):.1f} to {max(times):.1f}) |")
     with tempfile.TemporaryDirectory() as cache:
         env = dict(TORCHINDUCTOR_CACHE_DIR=cache)
         times = [command("--steps", 1, "--compile", "on", **env)[0] for _ in range(4)]
@@ -423,6 +433,7 @@ def ranks(rounds=3):
         for _ in range(rounds):
             speeds = []
             for how in (dict(threads=2), dict(ranks=2, threads=1)):
+                how["DEVICE"] = "cpu"
                 _, log = command("--model", model, "--res", 64, "--batch", batch, "--steps", steps,
                                  "--log-every", steps // 3, **how)
                 speeds.append(max(line["images_per_second"] for line in log[1:]))
@@ -431,8 +442,8 @@ def ranks(rounds=3):
 
 
 def memory():
-    """Weights, gradient, two moments and EMA in float32: 20 bytes a weight; activations apart."""
-    say("\n### Memory of `paper` at 512 on each GPU, activations apart, computed\n")
+    """Weights, gradient, two moments and EMA in float32: 20 bytes a weight."""
+    say("\n### Memory of `paper` at 512 on each GPU, computed: float32 state, no activations, no copies\n")
     with torch.device("meta"):
         model = UViT(512, **PRESETS["paper"], classes=1000)
     weights = sum(p.numel() for p in model.parameters())
@@ -447,23 +458,23 @@ def memory():
 
 
 def gpu():
-    """Needs CUDA: `base` and `paper` at 512, the sampler with and without CUDA graphs, the wavelet."""
+    """Needs CUDA: `base` and `paper` at 512, the sampler with and without CUDA graphs."""
     say("\n### One GPU, 512 x 512, bf16, compiled\n")
     matmul, cost = product()
-    batch, steps, made = 16, {}, {}
-    made["ours, `base`"] = build("ours", "compiled", lambda: ours(512, PRESETS["base"]))
-    made["denoising-diffusion-pytorch"] = build("rival", "compiled", lambda: ddp_uvit(
-        dim=88, dim_mults=(1, 2, 12), patch_size=4, vit_depth=22, attn_dim_head=64, attn_heads=14))
-    for name, model in made.items():
-        steps[name] = training_step(model, 512, batch)
-        work = flops(training_step(model, 512, 1)) * batch
-        size = sum(p.numel() for p in model.parameters()) / 1e6
-        times = in_turn(10, step=steps[name], product=matmul)
+    batch = 16
+    makes = {"ours, `base`": lambda: ours(512, PRESETS["base"])}
+    if "denoising-diffusion-pytorch" in installed(NETS):
+        makes["denoising-diffusion-pytorch"] = lambda: ddp_uvit(
+        dim=88, dim_mults=(1, 2, 12), patch_size=4, vit_depth=22, attn_dim_head=64, attn_heads=14)
+    for name, make in reversed(makes.items()):
+        torch._dynamo.reset()
+        (work, size), model = flops(make, 512), build(name, "compiled", make)
+        work, size = batch * work, size / 1e6
+        times = in_turn(10, step=training_step(model, 512, batch), product=matmul)
         mfu = ratio([work / s for s in times["step"]], [cost / s for s in times["product"]])
         say(f"{name}: {size:.0f} M weights, {work / batch / 1e9:.0f} GFLOP a picture, "
             f"{batch / median(times['step']):.1f} pictures/s, MFU {mfu}")
-    model = made.pop("ours, `base`").eval()
-    del made, steps
+    model.eval()                            # the last one: ours
     plain = lambda z, logsnr, label: model(z, logsnr)
     graphs = torch.compile(plain, mode="reduce-overhead")
     noise = picture_noise(0, range(8), 512, DEVICE)
@@ -471,17 +482,20 @@ def gpu():
         with torch.autocast("cuda", torch.bfloat16):
             times = in_turn(5, sample=lambda: sample(net, logsnr_schedule("shifted", 512), noise, 64))
         say(f"`base`, 64 steps, {name}: {8 / median(times['sample']):.2f} pictures/s")
-    del model
+    del model, plain, graphs, net, times
+    torch._dynamo.reset()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     paper = UViT(512, **PRESETS["paper"]).to(DEVICE)
     from functools import partial
     from torch.utils.checkpoint import checkpoint
     for block in paper.blocks():
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     paper.compile()
-    work = flops(training_step(paper, 512, 1)) * 32         # with what is computed twice
+    work = 32 * flops(lambda: UViT(512, **PRESETS["paper"]), 512)[0]    # not what is computed twice
     times = in_turn(3, step=training_step(paper, 512, 32), product=matmul)
-    say(f"`paper --recompute`, batch 32: {32 / median(times['step']):.1f} pictures/s, MFU (with what "
-        f"is computed twice) {ratio([work / s for s in times['step']], [cost / s for s in times['product']])}, "
+    say(f"`paper --recompute`, batch 32: {32 / median(times['step']):.1f} pictures/s, MFU (without "
+        f"what is computed twice) {ratio([work / s for s in times['step']], [cost / s for s in times['product']])}, "
         f"{torch.cuda.max_memory_allocated() / 2**30:.0f} GiB")
 
 
