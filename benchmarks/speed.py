@@ -465,7 +465,7 @@ def gpu():
     makes = {"ours, `base`": lambda: ours(512, PRESETS["base"])}
     if "denoising-diffusion-pytorch" in installed(NETS):
         makes["denoising-diffusion-pytorch"] = lambda: ddp_uvit(
-        dim=88, dim_mults=(1, 2, 12), patch_size=4, vit_depth=22, attn_dim_head=64, attn_heads=14)
+            dim=88, dim_mults=(1, 2, 12), patch_size=4, vit_depth=22, attn_dim_head=64, attn_heads=14)
     for name, make in reversed(makes.items()):
         torch._dynamo.reset()
         (work, size), model = flops(make, 512), build(name, "compiled", make)
