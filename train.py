@@ -224,7 +224,6 @@ def silent_ranks(group, seconds):
             answer.wait(timedelta(seconds=max(.1, end - time.time())))
         except RuntimeError as error:       # closed, or no answer: maybe held up by one that closed
             (silent if "Timed out" in str(error) else gone).append(rank)
-            end = min(end, time.time() + 5) if gone else end
     return sorted(gone or silent)
 
 
