@@ -28,6 +28,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch._functorch.config
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -76,6 +77,7 @@ class Config:
     out: str = ""               # folder of the run; empty: runs/DATA-RES-MODEL
     compile: str = ""           # on or off; empty: on with CUDA
     bf16: str = ""              # on or off; empty: on where the hardware has it
+    memory_budget: float = 0.6  # share of activations that compiled code keeps; 1: no recomputing
     recompute: bool = False     # compute the blocks anew in the backward pass: less memory, slower
     shard: bool = False         # each rank keeps its share of weights, EMA and optimizer (FSDP2)
     workers: int = -1           # processes that load pictures; -1: up to 8 with CUDA, else none
@@ -92,13 +94,14 @@ DEFAULTS = {    # `paper` is the paper's; the others are ours, for smaller machi
     "base":  dict(batch=256,  steps=300_000, lr=2e-4, warmup=5_000),
     "paper": dict(batch=2048, steps=500_000, lr=1e-4, warmup=10_000),
 }
-MAY_CHANGE = {"data", "steps", "accum", "out", "compile", "bf16", "recompute", "shard", "workers",
-              "timeout", "log_every", "sample_every", "save_every"}     # on resume; else refused
+MAY_CHANGE = {"data", "steps", "accum", "out", "compile", "bf16", "memory_budget", "recompute",
+              "shard", "workers", "timeout", "log_every", "sample_every",
+              "save_every"}     # on resume; else refused
 AT_LEAST = dict(batch=0, accum=1, steps=0, lr=0, warmup=0, clip=1e-9, ema=0, seed=0, noise_d=1,
                 drop_label=0, log_every=1, sample_every=0, save_every=1, dropout_res=0, dropout=-1,
-                workers=-1, timeout=0.05)
+                workers=-1, timeout=0.05, memory_budget=0)
 AT_MOST = dict(batch=1_000_000, steps=99_999_999, accum=1_000_000, res=4096, noise_d=4096,
-               seed=2**63 - 2, workers=1024, timeout=10_000)
+               seed=2**63 - 2, workers=1024, timeout=10_000, memory_budget=1)
 PARENT = os.getppid()           # under torchrun: torchrun, while it lives
 NOT_FINITE_AT_MOST = 10         # gradients in a row, then the run ends
 CHECKPOINTS = "ckpt-" + 8 * "[0-9]" + ".pt"
@@ -314,6 +317,7 @@ def train(config, rank, world, device, meet, at_exit):
     if not config.shard:                    # shares move there one by one: no GPU has to hold all
         model.to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
+    torch._functorch.config.activation_memory_budget = config.memory_budget     # read by compile
     for block in model.blocks():
         if config.compile == "on" and config.shard:     # shares are put together outside of it
             block.forward = torch.compile(block.forward)

@@ -68,6 +68,17 @@ class ResBlock(nn.Module):
         return x + self.conv_out(self.dropout(F.silu(h)))
 
 
+class Upsample(nn.Module):
+    """Each value becomes a square: (B, C, H, W) -> (B, C, 2H, 2W).
+
+    nn.Upsample's gradient is a scatter, which compiles slowly and on a CPU at times wrongly.
+    """
+
+    def forward(self, h):
+        B, C, H, W = h.shape
+        return h[..., None, :, None].expand(B, C, H, 2, W, 2).reshape(B, C, 2 * H, 2 * W)
+
+
 class MLPBlock(nn.Module):
     """Per-token MLP with FiLM on its hidden units (Appendix B): (B, N, C) -> same."""
 
@@ -164,7 +175,7 @@ class UViT(nn.Module):
             down, up = ([ResBlock(w, emb, drop, skip) for _ in range(n)] for skip in (False, True))
             self.down.append(nn.ModuleList(down))
             self.pool.append(nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(w, below, 1)))
-            unpool = nn.Sequential(nn.Conv2d(below, w, 1), nn.Upsample(scale_factor=2))
+            unpool = nn.Sequential(nn.Conv2d(below, w, 1), Upsample())
             self.unpool.insert(0, unpool)
             self.up.insert(0, nn.ModuleList(up))
         self.position = nn.Parameter(0.01 * torch.randn(1, width, sizes[-1], sizes[-1]))
