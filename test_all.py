@@ -502,6 +502,11 @@ def test_every_patch_keeps_the_shape_and_gives_every_weight_a_gradient(patch):
     assert not [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
 
 
+def test_upsampling_makes_each_value_a_square():
+    h = torch.randn(2, 3, 4, 5)
+    assert torch.equal(uvit.Upsample()(h), F.interpolate(h, scale_factor=2, mode="nearest"))
+
+
 def test_logsnr_label_and_position_change_the_output():
     model = trained(small_uvit())
     z, logsnr, label = torch.randn(2, 3, 32, 32), torch.zeros(2), torch.tensor([1, 2])

@@ -190,6 +190,8 @@ SURVIVAL_MUTANTS = [
     ("data.py", "np.nan_to_num(deep, nan=0)", "np.nan_to_num(deep, nan=9e9)", "every_kind"),
     ("data.py", ".clip(0, 65535)\n", ".clip(0, 255)\n", "every_kind"),
     ("train.py", "            block.forward = partial(checkpoint, block.forward, use_reentrant=False)", "            pass", "recompute"),
+    ("train.py", "activation_memory_budget = config.memory_budget", "activation_memory_budget = 1", "keeps_a_share"),
+    ("uvit.py", "expand(B, C, H, 2, W, 2).reshape", "expand(B, C, H, 2, W, 2).mT.reshape", "makes_each_value_a_square"),
     ("train.py", "            fully_shard(part, mesh=mesh, reshard_after_forward=True)", "            pass", "its_share_alone"),
     ("train.py", "[*model.blocks(), model, *ema.blocks(), ema]", "[*model.blocks(), model]", "its_share_alone"),
     ("train.py", "ema=whole_of(ema.state_dict(), master))", "ema=ema.state_dict())", "sharded_ranks"),

@@ -129,7 +129,8 @@ def build(name, how, make=None):
     model = (make or NETS[name])().to(DEVICE)
     if how == "compiled, keeps all":        # a copy of its code, else it is served what was compiled
         f = type(model).forward
-        model.forward = FunctionType(f.__code__.replace(co_name="keeps_all"), f.__globals__).__get__(model)
+        copy = FunctionType(f.__code__.replace(co_name="keeps_all"), f.__globals__, None, f.__defaults__)
+        model.forward = copy.__get__(model)
     if how.startswith("compiled"):
         model.compile()
     return model
