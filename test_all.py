@@ -795,12 +795,13 @@ def test_crop_keeps_the_shorter_side_and_stays_inside(tmp_path):
 def test_jpeg_is_decoded_no_larger_than_needed_and_looks_the_same(tmp_path, monkeypatch):
     flower, _ = data.draw_flower(np.random.default_rng(3), 7, 800)
     Image.fromarray((flower * 255).astype(np.uint8)).save(tmp_path / "flower.jpg", quality=95)
-    whole = Image.open(tmp_path / "flower.jpg").convert("RGB").resize((64, 64), Image.Resampling.LANCZOS)
     decoded, honest = [], data.to_rgb
     monkeypatch.setattr(data, "to_rgb", lambda image: decoded.append(image.size) or honest(image))
-    ours = data.Pictures(tmp_path, 64).open("flower.jpg")
-    assert decoded == [(100, 100)] and ours.size == (64, 64)        # an eighth: the least above 96
-    assert np.square(np.asarray(ours, float) - np.asarray(whole, float)).mean() < 255**2 / 10**4    # 40 dB
+    for res in (64, 80):
+        whole = Image.open(tmp_path / "flower.jpg").convert("RGB").resize((res, res), Image.Resampling.LANCZOS)
+        ours = data.Pictures(tmp_path, res).open("flower.jpg")
+        assert np.square(np.asarray(ours, float) - np.asarray(whole, float)).mean() < 255**2 / 10**4    # 40 dB
+    assert decoded == [(100, 100), (200, 200)]          # an eighth and a quarter: the least above 96 and 120
 
 
 def test_corrupt_file_is_named_and_skipped(tmp_path):
