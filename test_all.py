@@ -1,6 +1,6 @@
 """Every formula against an independent oracle, every promise of the README against a run.
 
-    pytest test_all.py            five to seven minutes on two CPU cores
+    pytest test_all.py            about ten minutes on two CPU cores
 
 A test's name is a sentence of the paper or a promise of ours. benchmarks/mutants.py breaks the
 formulas one at a time and shows which of these turns red.

@@ -369,7 +369,8 @@ def nodes(work):
               f"saying '{said[0]}' and '{said[1]}'; joined again, both resume to the unbroken run's bits", flush=True)
 
         out = work / "healed"
-        pair = both("static", [*flags, "--out", out], "healed", "--max-restarts=3")
+        # Ranks come back apart in time: on a busy machine 0.5 minutes are too few to meet in.
+        pair = both("static", [*flags, "--timeout", "2", "--out", out], "healed", "--max-restarts=3")
         wait_for(lambda: list(out.glob("ckpt-*40.pt")))
         time.sleep(1)
         kill(next(pid for pid in processes(out) if "NODE=1" in Path(f"/proc/{pid}/environ").read_text()
