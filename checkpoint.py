@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 
 FORMAT = 1                  # of checkpoints and of model.pt; a file of a later one is refused
+BEFORE = dict(net="uvit", blocks_16=0, skips="block", text="", text_length=128,
+              portrait=False)       # what older configurations do not say
 KEYS = dict(format=int, config=dict, classes=list, step=int, ema=dict)
 
 
@@ -75,6 +77,7 @@ def read(path):
     for key, kind in KEYS.items():
         if not isinstance(saved.get(key), kind):
             raise ValueError(f"{path}: not a checkpoint of ours, {key} is missing or wrong")
+    saved["config"] = BEFORE | saved["config"]
     return saved
 
 

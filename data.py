@@ -2,9 +2,10 @@
 
 A dataset is indexed by n, the running number of a picture in training: `dataset[n]` is a function
 of (seed, n) alone, so that any rank, worker or resumed run sees in step k exactly the pictures it
-should. `classes` lists the class names ([] if there are none); a label of len(classes) means none.
+should. `classes` lists the class names ([] if there are none); a class of len(classes) means none.
 
-    dataset[n] -> x: (3, res, res) float32 in [-1, 1], label: int, broken: {file it skipped: why}
+    dataset[n] -> x: (3, H, W) float32 in [-1, 1], label: (2 + L,) int64, the row of text.py's
+                  `condition`, broken: {file it skipped: why}
 """
 import io
 import math
@@ -17,6 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+
+from schedule import sides
+from text import condition
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]  # by content; no PostScript
@@ -39,29 +43,42 @@ DISCS = {
     "dark": (.14, .09, .12)}
 
 
-def draw_flower(rng, petals, res):
+NUMBERS = "three four five six seven eight nine ten eleven twelve".split()
+
+
+def never_shown(colour, petals):
+    """A quarter of all combinations never occurs in flowers with captions: a prompt may be new."""
+    return (list(PETALS).index(colour) + petals) % 4 == 0
+
+
+def draw_flower(rng, petals, res, colours=PETALS):
     """A flower seen from above, drawn by formulas, equally sharp at every resolution.
 
-    rng: numpy Generator; petals: 3 to 12 -> picture: (res, res, 3) float32 in [0, 1], caption: str.
+    rng: numpy Generator; petals: 3 to 12; res: size, d or "HxW"; colours: names to choose from ->
+    picture: (H, W, 3) float32 in [0, 1], caption: str.
     All petals are one petal, folded by angle: turned by 2 pi / petals the flower is itself again.
     """
-    def pick(table):
-        name = list(table)[rng.integers(len(table))]
+    H, W = sides(res)
+    res = min(H, W)                         # the shorter side spans [-1, 1]
+
+    def pick(table, names):
+        name = list(names)[rng.integers(len(names))]
         colour = np.clip(np.array(table[name]) + rng.uniform(-.06, .06, 3), 0, 1)
         return name, colour.astype(np.float32)
 
     def cover(depth):                       # anti-aliased: 1 inside, 0 outside, one pixel wide
         return np.clip(.5 + depth * (res / 2), 0, 1)
 
-    (petal_name, tip), (ground_name, ground), (_, disc) = pick(PETALS), pick(GROUNDS), pick(DISCS)
+    (petal_name, tip) = pick(PETALS, colours)
+    (ground_name, ground), (_, disc) = pick(GROUNDS, GROUNDS), pick(DISCS, DISCS)
     base = np.clip(tip * rng.uniform(.35, 1.15) + rng.uniform(-.1, .2), 0, 1).astype(np.float32)
     length, turn, twist = rng.uniform(.62, .88), rng.uniform(0, 2 * np.pi), rng.uniform(-.35, .35)
     x0, y0 = rng.uniform(-.12, .12, 2).tolist()
     p, q = rng.uniform(.5, 1.1), rng.uniform(.3, .9)    # outline s^p (1 - s)^q: round to pointed
 
-    # float32 and colours first, (3, res, res): numpy is four times as fast as the other way round.
-    grid = (np.arange(res, dtype=np.float32) + .5) * (2 / res) - 1
-    x, y = grid[None, :], grid[:, None]
+    # float32 and colours first, (3, H, W): numpy is four times as fast as the other way round.
+    x = ((np.arange(W, dtype=np.float32) + .5) * 2 - W)[None, :] / res
+    y = ((np.arange(H, dtype=np.float32) + .5) * 2 - H)[:, None] / res
     tip, base, ground, disc = (colour[:, None, None] for colour in (tip, base, ground, disc))
 
     def distance(x, y):
@@ -71,7 +88,8 @@ def draw_flower(rng, petals, res):
     angle = rng.uniform(0, 2 * np.pi)
     picture = ground * (1 + .25 * (math.cos(angle) * x + math.sin(angle) * y))
     for bx, by, radius, light in rng.uniform((-1, -1, .1, -.06), (1, 1, .35, .10), (3, 4)).tolist():
-        picture += light * np.clip((radius - distance(x - bx, y - by)) / (.4 * radius), 0, 1)
+        off = distance(x - bx * W / res, y - by * H / res)
+        picture += light * np.clip((radius - off) / (.4 * radius), 0, 1)
 
     # Polar coordinates, the angle folded into one petal's sector; u runs along the petal, w across.
     r = distance(x - x0, y - y0)
@@ -104,25 +122,39 @@ def draw_flower(rng, petals, res):
     shade = (.72 + .42 * grains) * (1 - .35 * np.clip(r / radius, 0, 1) ** 4)
     picture += cover(radius - r) * (disc * shade - picture)
 
-    shape, speckles = "pointed" if q > .65 else "round", ", speckled," if speckled else ""
-    caption = f"a {petal_name} flower with {petals} {shape} petals{speckles} on {ground_name}"
+    # Some captions say more than others, and numbers are words or figures.
+    count = NUMBERS[petals - 3] if rng.random() < .5 else str(petals)
+    shape = ("pointed " if q > .65 else "round ") if rng.random() < .5 else ""
+    rest = f"{', speckled,' if speckled else ''} on {ground_name}" if rng.random() < .5 else ""
+    caption = f"a {petal_name} flower with {count} {shape}petals{rest}"
     return np.clip(picture, 0, 1).transpose(1, 2, 0), caption
 
 
 class Flowers:
-    """Endless flowers: class c has c + 3 petals. Indexing: see the module's docstring."""
+    """Endless flowers: class c has c + 3 petals. Indexing: see the module's docstring.
 
-    classes = [f"{k} petals" for k in range(3, 13)]
+    With captions (tokens), a quarter of the combinations of colour and number is never shown.
+    """
+
     names, unread = [], {}
 
-    def __init__(self, res, seed=0):
-        self.res, self.seed = res, seed
+    def __init__(self, res, seed=0, tokens=None, portrait=False):
+        self.res, self.seed, self.tokens, self.portrait = res, seed, tokens, portrait
+        self.classes = [] if tokens else [f"{k} petals" for k in range(3, 13)]
 
     def __getitem__(self, n):
         rng = np.random.default_rng((self.seed, n))
-        label = int(rng.integers(len(self.classes)))
-        picture, _ = draw_flower(rng, label + 3, self.res)
-        return torch.from_numpy(picture).permute(2, 0, 1) * 2 - 1, label, {}
+        label, res, colours = int(rng.integers(10)), self.res, PETALS
+        upright = self.portrait and rng.random() < .5
+        if upright:
+            res = "{1}x{0}".format(*sides(res))
+        if self.tokens:
+            colours = [colour for colour in PETALS if not never_shown(colour, label + 3)]
+        picture, caption = draw_flower(rng, label + 3, res, colours)
+        picture = np.rot90(picture, int(upright)).copy()
+        tokens = self.tokens(caption) if self.tokens else []
+        x = torch.from_numpy(picture).permute(2, 0, 1) * 2 - 1
+        return x, condition(label * (not self.tokens), upright, tokens), {}
 
 
 # ---------------------------------------------------------------------------- real pictures
@@ -148,10 +180,10 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def shorter_side_to(image, res):
-    """RGB picture -> the same with its shorter side res pixels long. Raises ValueError if huge."""
-    scale = res / min(image.size)
-    size = [max(res, round(side * scale)) for side in image.size]
+def cover(image, width, height):
+    """RGB picture -> the same, as small as covers width x height. Raises ValueError if huge."""
+    scale = max(width / image.width, height / image.height)
+    size = [max(width, round(image.width * scale)), max(height, round(image.height * scale))]
     if size[0] * size[1] > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels are too long and thin")
     return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
@@ -173,11 +205,14 @@ class Pictures:
     An epoch is a permutation of all files by (seed, epoch). A file that cannot be read is skipped,
     the next one of the epoch taking its place, and noted in `broken`, {name: why}. Once these are
     more than half of all files, the pictures come out grey: it is for the caller to stop.
+    tokens: what makes a caption, a line of the .txt beside the picture, a row of numbers; then
+    there are no classes. portrait: pictures that stand upright are turned to lie.
     Raises ValueError if there is nothing to read.
     """
 
-    def __init__(self, path, res, seed=0, flip=True):
+    def __init__(self, path, res, seed=0, flip=True, tokens=None, portrait=False):
         self.path, self.res, self.seed, self.flip = str(path), res, seed, flip
+        self.tokens, self.portrait = tokens, portrait
         self.cache, self.cached, self.zip, self.order = {}, 0, None, (None, None)
         self.broken, self.unread = {}, {}   # files, folders: {name: why}
         self.is_folder = os.path.isdir(self.path)
@@ -196,9 +231,11 @@ class Pictures:
         # A zip of one folder is that folder: what all names begin with says nothing.
         skip = 0 if self.is_folder else len(os.path.commonprefix(folders))
         first = [(folder[skip:] or [None])[0] for folder in folders]
-        self.classes = sorted(set(first) - {None})
+        self.classes = [] if tokens else sorted(set(first) - {None})
         number = {folder: i for i, folder in enumerate([*self.classes, None])}
-        self.labels = [number[folder] for folder in first]
+        self.labels = [number.get(folder, 0) for folder in first]
+        if tokens and not any(map(self.captions, self.names)):
+            raise ValueError(f"--data {self.path}: no picture has a caption, a .txt beside it")
 
     def __getstate__(self):                 # to a worker process: open files and memory stay here
         return self.__dict__ | dict(zip=None, cache={}, cached=0)
@@ -250,34 +287,51 @@ class Pictures:
                 raise ValueError(f"{size} bytes are too many")
             return file.read(size)
 
+    def captions(self, name):
+        """The lines of the .txt beside a picture, [] if there is none."""
+        try:
+            text = self.bytes(str(Path(name).with_suffix(".txt"))).decode("utf-8", "replace")
+        except (KeyError, FileNotFoundError):
+            return []
+        return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+
     def open(self, name):
-        """One file -> RGB picture with its shorter side at res. Raises what is wrong with it."""
+        """One file -> RGB picture that covers res, whether it was turned. Raises what is wrong."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                     # damage that PIL can live with
             raw = self.bytes(name)
             with Image.open(io.BytesIO(raw), formats=FORMATS) as image:
                 if image.info.get("progressive") and raw.count(b"\xff\xda") > 100:
                     raise ValueError("too many scans")          # each takes as long as a picture
-                side = self.res * 3 // 2                        # JPEG: decode what is needed,
+                height, width = sides(self.res)
+                side = max(height, width) * 3 // 2              # JPEG: decode what is needed,
                 image.draft("RGB", (side, side))                # above 50 dB from all of it
                 tile = getattr(image, "tag_v2", {})             # of a TIFF, may exceed the picture
                 if max(image.width * image.height,
                        tile.get(322, 0) * tile.get(323, 0)) > MAX_PIXELS:
                     raise ValueError(f"{image.width} x {image.height} pixels are too many")
-                return shorter_side_to(to_rgb(image), self.res)
+                image = to_rgb(image)
+                upright = self.portrait and image.height > image.width
+                if upright:
+                    image = image.transpose(Image.Transpose.ROTATE_90)
+                return cover(image, width, height), upright
 
     def picture(self, i):
-        """File i -> (H, W, 3) uint8, {} (kept in memory); or None, {name: why} if it is broken."""
+        """File i -> what is in it, (pixels (H, W, 3) uint8, whether it was turned, its captions),
+        and {} (kept in memory); or None, {name: why} if it is broken.
+        """
         if i not in self.cache:
             try:
-                pixels = np.asarray(self.open(self.names[i]))
+                image, upright = self.open(self.names[i])
+                pixels = np.asarray(image)
+                content = pixels, upright, self.captions(self.names[i]) if self.tokens else []
             except Exception as error:      # whatever PIL or the disk raises: the run must go on
                 self.broken[self.names[i]] = reason(error)
                 return None, {self.names[i]: reason(error)}
             self.broken.pop(self.names[i], None)
             if self.cached + pixels.nbytes > CACHE_BYTES:
-                return pixels, {}
-            self.cache[i], self.cached = pixels, self.cached + pixels.nbytes
+                return content, {}
+            self.cache[i], self.cached = content, self.cached + pixels.nbytes
         return self.cache[i], {}
 
     def __getitem__(self, n):
@@ -288,15 +342,21 @@ class Pictures:
         rng, broken = np.random.default_rng((2, self.seed, n)), {}
         for k in range(len(self.names)):
             i = self.order[1][(place + k) % len(self.names)]
-            pixels, why = self.picture(i)
+            content, why = self.picture(i)
             broken |= why
-            if pixels is not None or 2 * len(self.broken) > len(self.names):
+            if content is not None or 2 * len(self.broken) > len(self.names):
                 break
-        if pixels is None:
-            return torch.zeros(3, self.res, self.res), 0, broken
-        top, left = (rng.integers(0, side - self.res + 1) for side in pixels.shape[:2])
-        crop = pixels[top:top + self.res, left:left + self.res]
+        height, width = sides(self.res)
+        if content is None:
+            content = np.full((height, width, 3), 127, np.uint8), False, []
+        pixels, upright, captions = content
+        top = rng.integers(0, pixels.shape[0] - height + 1)
+        left = rng.integers(0, pixels.shape[1] - width + 1)
+        crop = pixels[top:top + height, left:left + width]
         if self.flip and rng.random() < .5:
-            crop = crop[:, ::-1]
+            crop = crop[::-1] if upright else crop[:, ::-1]     # left and right as they stood
         x = torch.from_numpy(crop.copy()).permute(2, 0, 1).float() / 127.5 - 1
-        return x, self.labels[i], broken
+        tokens = []
+        if self.tokens:
+            tokens = self.tokens(captions[rng.integers(len(captions))] if captions else "")
+        return x, condition(self.labels[i], upright, tokens), broken

@@ -4,6 +4,8 @@ The network returns v_hat. The loss is the plain squared error of eps, weight w(
 For large pictures that error is dominated by detail, so the multiscale loss adds the same error
 after averaging down to 32 x 32, 64 x 64, ..., which keeps the optimum (averaging is linear).
 """
+import numpy as np
+import torch
 import torch.nn.functional as F
 
 from schedule import alpha_sigma
@@ -39,20 +41,33 @@ def multiscale_mse(eps_hat, eps):
         error = F.avg_pool2d(error, 2)      # an average of averages is D of the next scale
 
 
+def sigmoid_weight(t, logsnr, d):
+    """Weight of SiD2 (not in the first paper): -1/2 dlogsnr/dt sigmoid(b - logsnr), b by size.
+
+    t: (B,); logsnr: a schedule; d: side of the pictures -> w: (B, 1, 1, 1), for the error of eps.
+    """
+    b = np.interp(np.log2(d), (7, 8, 9, 10), (0, -1, -3, -4)).item()
+    logsnr_t, slope = torch.func.jvp(logsnr, (t,), (torch.ones_like(t),))
+    return (-slope / 2 * torch.sigmoid(b - logsnr_t))[:, None, None, None]
+
+
 def diffusion_loss(model, x, t, eps, logsnr, label=None, kind="eps", multiscale=False):
     """One denoising step, scored (Section 2): what the trainer minimises.
 
     model: (z, logsnr, label) -> v_hat;  x, eps: (B, C, H, W), x in [-1, 1], eps unit noise;
-    t: (B,) in [0, 1];  logsnr: a schedule, t -> (B,);  kind: "eps" (the paper's text) or "v"
-    (its settings list);  multiscale: the sum over scales in place of the plain mean -> scalar.
+    t: (B,) in [0, 1];  logsnr: a schedule, t -> (B,);  kind: "eps" (the paper's text), "v" (its
+    settings list) or "sid2" (eps with the weight of the paper's successor);  multiscale: the sum
+    over scales in place of the plain mean -> scalar.
     """
-    assert kind in ("eps", "v"), f"kind must be 'eps' or 'v', not {kind!r}"
+    assert kind in ("eps", "v", "sid2"), f"kind must be 'eps', 'v' or 'sid2', not {kind!r}"
     logsnr_t = logsnr(t)
     alpha, sigma = alpha_sigma(logsnr_t)
     z = alpha * x + sigma * eps                                              # Eq. 1
     v_hat = model(z, logsnr_t, label).float()
-    if kind == "eps":
-        target, output = eps, eps_from_v(z, v_hat, alpha, sigma)
-    else:
+    target, output = eps, eps_from_v(z, v_hat, alpha, sigma)
+    if kind == "v":
         target, output = v_from_x_eps(x, eps, alpha, sigma), v_hat
+    if kind == "sid2":
+        root = sigmoid_weight(t, logsnr, (x.shape[-2] * x.shape[-1]) ** .5).sqrt()
+        target, output = root * target, root * output
     return multiscale_mse(output, target) if multiscale else F.mse_loss(output, target)

@@ -25,8 +25,10 @@ from tqdm import tqdm
 
 from checkpoint import lock, read, write
 from loss import x_from_v
-from schedule import alpha_sigma, logsnr_schedule
-from uvit import UViT
+from schedule import SCHEDULES, alpha_sigma, logsnr_schedule, sides
+from text import condition, text_encoder, tokenizer, unconditional
+from unet import UNet
+from uvit import PRESETS, UViT
 
 
 def ancestral_step(z, x_hat, logsnr_t, logsnr_s, gamma, noise):
@@ -51,7 +53,7 @@ def ddim_step(z, x_hat, logsnr_t, logsnr_s):
 
 
 def guided(model, z, logsnr, label, guidance):
-    """v_hat with guidance (Appendix A), in one call: (B, C, H, W), (B,), (B,) -> (B, C, H, W).
+    """v_hat with guidance (Appendix A), in one call: (B, C, H, W), (B,), label -> (B, C, H, W).
 
     eps_hat = (1 + eta) eps_cond - eta eps_uncond, guidance = 1 + eta; at the same z, eps is affine
     in v, so the same combination of v gives it. guidance = 1 is the conditional model.
@@ -59,25 +61,27 @@ def guided(model, z, logsnr, label, guidance):
     if guidance == 1:
         return model(z, logsnr, label).float()
     assert label is not None, f"guidance {guidance} needs labels; 1 is off"
-    null = torch.full_like(label, model.classes)
-    v_hat = model(torch.cat([z, z]), torch.cat([logsnr, logsnr]), torch.cat([label, null])).float()
+    both = torch.cat([label, unconditional(label, model.classes)])
+    v_hat = model(torch.cat([z, z]), torch.cat([logsnr, logsnr]), both).float()
     cond, uncond = v_hat.chunk(2)
     return guidance * cond + (1 - guidance) * uncond
 
 
 @torch.no_grad()
 def sample(model, logsnr, noise, steps, label=None, sampler="ancestral", gamma=0.2, guidance=1.0,
-           bar=False):
+           interval=(-math.inf, math.inf), bar=False):
     """Pictures (B, C, H, W) in [-1, 1] by exactly `steps` calls of model (Appendix A).
 
     model: (z, logsnr, label) -> v_hat;  logsnr: a schedule, t -> (B,);  noise: () -> fresh unit
-    noise (B, C, H, W);  label: (B,) or None;  sampler: "ancestral" or "ddim";  gamma: 0 to 1.
+    noise (B, C, H, W);  label: (B,) classes, (B, 2 + L) rows of `condition`, or None;  sampler:
+    "ancestral" or "ddim";  gamma: 0 to 1;  interval: of logsnr, where there is guidance (SiD2).
     """
     z = noise()
-    t = torch.linspace(1, 0, steps + 1, device=z.device)
+    clock = logsnr(torch.linspace(1, 0, steps + 1))
     for i in tqdm(range(steps), desc="sampling", disable=not bar, leave=False):
-        logsnr_t, logsnr_s = logsnr(t[i].expand(len(z))), logsnr(t[i + 1].expand(len(z)))
-        v_hat = guided(model, z, logsnr_t, label, guidance)
+        logsnr_t, logsnr_s = clock[i:i + 2].to(z.device)[:, None].expand(2, len(z))
+        inside = interval[0] <= clock[i] <= interval[1]
+        v_hat = guided(model, z, logsnr_t, label, guidance if inside else 1)
         x_hat = x_from_v(z, v_hat, *alpha_sigma(logsnr_t)).clamp(-1, 1)
         if i == steps - 1:
             return x_hat
@@ -103,7 +107,7 @@ def picture_noise(seed, indices, res, device):
     """A `noise` for `sample`: picture i's depends on (seed, i) alone, whatever shares its batch."""
     generators = [torch.Generator(device).manual_seed(seed_of(SAMPLING, seed, i))
                   for i in indices]
-    return lambda: torch.stack([torch.randn(3, res, res, generator=generator, device=device)
+    return lambda: torch.stack([torch.randn(3, *sides(res), generator=generator, device=device)
                                 for generator in generators])
 
 
@@ -197,13 +201,29 @@ def pick_device():
     return torch.device("cpu"), torch.cpu._is_avx512_bf16_supported()
 
 
+def network(config, classes):
+    """The network that a configuration (a dict) names, for this many classes."""
+    shape, dial = dict(PRESETS[config["model"]]), config["blocks_16"]
+    same = dict(classes=classes, patch=config["patch"], dropout_res=config["dropout_res"],
+                portrait=config["portrait"])
+    if config["net"] == "unet":
+        drop = config["dropout"] if config["dropout"] >= 0 else min(.1, shape["dropout"])
+        return UNet(config["res"], shape["widths"][0], shape["head"], shape["emb"], drop, **same,
+                    blocks_16=dial or 12)
+    if config["dropout"] >= 0:
+        shape["dropout"] = config["dropout"]
+    text = text_encoder(config["text"], config["text_length"], shape["emb"] // 2)
+    return UViT(config["res"], **shape | dict(depth=dial or shape["depth"]), **same, text=text,
+                residual=config["skips"] == "level")
+
+
 def load_model(path, device):
     """model.pt -> UViT with EMA weights, and the dict they came in. Raises ValueError, one line."""
     saved = read(path)
     config = saved["config"]
     try:
         with torch.device("meta"):          # takes no memory, whatever the file asks for
-            model = UViT.from_config(config, len(saved["classes"]))
+            model = network(config, len(saved["classes"]))
         model.load_state_dict(saved["ema"], assign=True)
         ends = logsnr_schedule(config["schedule"], config["res"], config["noise_d"])(torch.rand(2))
         assert ends.isfinite().all() and all(isinstance(name, str) for name in saved["classes"])
@@ -217,18 +237,33 @@ def main(argv=None):
     parser = Parser(description="Draw pictures with a trained model.", allow_abbrev=False)
     parser.add_argument("--ckpt", default="", help="model.pt of a run (default: the newest)")
     parser.add_argument("--out", default="", help="folder for the pictures (default: samples)")
-    parser.add_argument("--n", type=whole, default=16, help="how many")
+    parser.add_argument("--n", type=whole, help="how many (default: 16, or one for each prompt)")
     parser.add_argument("--steps", type=whole, default=128, help="network calls per picture")
     parser.add_argument("--sampler", choices=["ancestral", "ddim"], default="ancestral")
     parser.add_argument("--gamma", type=number, default=0.2, help="variance, 0 to 1")
     parser.add_argument("--guidance", type=number, default=1.0, help="1 + eta; 1 is off")
+    parser.add_argument("--guidance-interval", type=number, nargs=2, default=[-99, 99],
+                        metavar=("LOW", "HIGH"), help="logsnr between which there is guidance")
+    parser.add_argument("--schedule", choices=SCHEDULES, help="(default: that of the training)")
     parser.add_argument("--label", default="", help="a class, by name or number")
+    parser.add_argument("--prompt", nargs="+", help="captions, in turns")
+    parser.add_argument("--prompts", metavar="FILE", help="the same, a line of a file each")
+    parser.add_argument("--portrait", action="store_true", help="pictures that stand upright")
     parser.add_argument("--seed", type=whole, default=0)
     parser.add_argument("--batch", type=whole, default=16, help="pictures at a time")
     parser.add_argument("--compile", action="store_true",
                         help="compile the network, with CUDA graphs: a minute, for many pictures")
     args = parser.parse_args(argv)
 
+    if args.prompts:
+        try:
+            lines = Path(args.prompts).read_text("utf-8", "replace").splitlines()
+        except OSError as error:
+            fail(f"--prompts {args.prompts}: {error.strerror}")
+        args.prompt = (args.prompt or []) + [line for line in lines if line.strip()]
+        if not args.prompt:
+            fail(f"--prompts {args.prompts}: holds no line")
+    args.n = len(args.prompt or 16 * [""]) if args.n is None else args.n
     for name, least in dict(n=1, steps=1, batch=1, seed=0, guidance=0, gamma=0).items():
         if getattr(args, name) < least:
             fail(f"--{name} {getattr(args, name)}: must be at least {least}")
@@ -248,11 +283,18 @@ def main(argv=None):
     if args.compile:
         model.compile(mode="reduce-overhead")
     config, classes = saved["config"], saved["classes"]
-    logsnr = logsnr_schedule(config["schedule"], config["res"], config["noise_d"])
+    schedule = args.schedule or config["schedule"]
+    logsnr = logsnr_schedule(schedule, config["res"], config["noise_d"])
 
-    if not classes and (args.guidance != 1 or args.label):
-        flag = f"--label {args.label}" if args.label else f"--guidance {args.guidance}"
-        fail(f"{flag}: needs a model with classes, and {ckpt} was trained without")
+    if args.prompt and not config["text"]:
+        fail(f"--prompt: needs a model with --text, and {ckpt} was trained without")
+    if args.portrait and not config["portrait"]:
+        fail(f"--portrait: needs a model with --portrait, and {ckpt} was trained without")
+    if not classes and args.label:
+        fail(f"--label {args.label}: needs a model with classes, and {ckpt} was trained without")
+    if not classes and not config["text"] and args.guidance != 1:
+        fail(f"--guidance {args.guidance}: needs a model with classes or text, and {ckpt} was "
+             "trained without")
     if args.label in classes:
         wanted = [classes.index(args.label)]
     elif args.label:
@@ -261,7 +303,14 @@ def main(argv=None):
                  f"{', '.join(classes)}, the classes of --ckpt {ckpt}")
         wanted = [int(args.label)]
     else:
-        wanted = range(len(classes))
+        wanted = range(len(classes) or 1)
+    wanted = [condition(label, args.portrait) for label in wanted]
+    if config["text"]:
+        try:
+            tokens = tokenizer(config["text"], config["text_length"])
+        except ValueError as error:
+            fail(f"--ckpt {ckpt}: {error}")
+        wanted = [condition(0, args.portrait, tokens(prompt)) for prompt in args.prompt or [""]]
 
     # -- the folder: pictures of the same settings are kept, so that the same command goes on
     out, pictures = Path(args.out or "samples"), [f"{i:06d}.png" for i in range(args.n)]
@@ -302,20 +351,18 @@ def main(argv=None):
 
     # -- fixed batches, batch k by rank k mod world: the same pictures on any number of ranks
     def save_pictures(indices):
-        label = None
-        if classes:
-            label = torch.tensor([wanted[i % len(wanted)] for i in indices], device=device)
+        label = torch.stack([wanted[i % len(wanted)] for i in indices]).to(device)
         noise = picture_noise(args.seed, indices, config["res"], device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             x = sample(model, logsnr, noise, args.steps, label, args.sampler, args.gamma,
-                       args.guidance, bar=rank == 0)
-        for i, picture in zip(indices, to_uint8(x)):
+                       args.guidance, args.guidance_interval, bar=rank == 0)
+        for i, picture in zip(indices, np.rot90(to_uint8(x), -args.portrait, (1, 2))):
             write(out / pictures[i], lambda file: Image.fromarray(picture).save(file, "PNG"))
 
     def drawn(i):
         try:
             with Image.open(out / pictures[i]) as image:
-                return image.size == (config["res"], config["res"])
+                return image.size == sides(config["res"])[::1 if args.portrait else -1]
         except OSError:
             return False
 

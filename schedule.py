@@ -16,6 +16,18 @@ import math
 import torch
 
 LOGSNR_MIN, LOGSNR_MAX = -15.0, 15.0
+SCHEDULES = "cosine", "shifted", "interpolated"
+
+
+def sides(res):
+    """Height and width of a picture in pixels: 64 -> (64, 64), "384x640" -> (384, 640)."""
+    height, width, *_ = [int(side) for side in str(res).split("x")] * 2
+    return height, width
+
+
+def side(res):
+    """d of a picture that is d x d, sqrt(H W) of one that is H x W: 64 -> 64."""
+    return math.sqrt(math.prod(sides(res)))
 
 
 def logsnr_cosine(t):
@@ -46,8 +58,9 @@ def logsnr_interpolated(t, d, noise_d_low=32, noise_d_high=256):
     return t * logsnr_shifted(t, d, noise_d_low) + (1 - t) * logsnr_shifted(t, d, noise_d_high)
 
 
-def logsnr_schedule(name, d, noise_d=32):
-    """The schedule called `name` for a picture of side d, as a function t: (B,) -> logsnr: (B,)."""
+def logsnr_schedule(name, res, noise_d=32):
+    """The schedule called `name` for a picture of size res, a function t: (B,) -> logsnr: (B,)."""
+    d = side(res)
     return {"cosine": logsnr_cosine,
             "shifted": lambda t: logsnr_shifted(t, d, noise_d),
             "interpolated": lambda t: logsnr_interpolated(t, d, noise_d)}[name]

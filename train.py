@@ -41,29 +41,37 @@ from tqdm import tqdm
 from checkpoint import FORMAT, append, lock, read, trim, write
 from data import Flowers, Pictures, printable
 from loss import diffusion_loss
-from sample import (DROPOUT, TRAINING, Parser, Steady, fail, grid, number, pick_device,
+from sample import (DROPOUT, TRAINING, Parser, Steady, fail, grid, network, number, pick_device,
                     picture_noise, sample, seed_of, to_uint8, whole)
-from schedule import logsnr_schedule
-from uvit import PRESETS, UViT, wavelet_levels, unet_levels
+from schedule import SCHEDULES, logsnr_schedule, side, sides
+from text import tokenizer, unconditional
+from uvit import PRESETS, residual_blocks, unet_levels, wavelet_levels
 
 
 @dataclass
 class Config:
     # Pictures
     data: str = ""              # folder or .zip of pictures; empty: the built-in flowers
-    res: int = 64               # side of the pictures in pixels; picks what is marked (res) below
+    res: str = "64"             # pixels, 64 or 384x640 (H x W); picks what is marked (res) below
+    portrait: bool = False      # turn pictures that stand upright, and tell the network
     flip: bool = True           # mirror half of the pictures
+    # Captions (text.py)
+    text: str = ""              # bytes, or t5:NAME, a T5 that transformers finds; empty: classes
+    text_length: int = 128      # tokens of a caption, the rest of it is cut off
     # Network (uvit.py)
     model: str = ""             # tiny, small, base, paper; empty (res): tiny to 64, base above
+    net: str = "uvit"           # uvit or unet
+    blocks_16: int = 0          # blocks at 16 x 16, the dial of the size; 0: the model's own
+    skips: str = "block"        # of the U-ViT: one a block, or one a level (SiD2, not in the paper)
     patch: str = "dwt"          # dwt, conv or none: how a large picture becomes a 128 x 128 map
     dropout: float = -1         # of the transformer; -1: the model's own
     dropout_res: int = 16       # also in convolutions on maps of at most this side
     # Schedule and loss (schedule.py, loss.py)
     schedule: str = "shifted"   # cosine, shifted or interpolated
     noise_d: int = 32           # size at which the picture would have the cosine schedule's noise
-    loss: str = "eps"           # eps (the paper's text) or v (its settings list)
+    loss: str = "eps"           # eps (the paper's text), v (its settings list) or sid2 (later)
     multiscale: str = ""        # on or off; empty (res): on at 512 and above
-    drop_label: float = 0.1     # share of the pictures that train the null class, for guidance
+    drop_label: float = 0.1     # share of the pictures that train the null class or empty caption
     # Optimiser
     batch: int = 0              # pictures a step, over all ranks; 0: the model's own
     accum: int = 1              # parts a rank does its share of the batch in, one after the other
@@ -97,10 +105,12 @@ DEFAULTS = {    # `paper` is the paper's; the others are ours, for smaller machi
 MAY_CHANGE = {"data", "steps", "accum", "out", "compile", "bf16", "memory_budget", "recompute",
               "shard", "workers", "timeout", "log_every", "sample_every",
               "save_every"}     # on resume; else refused
-AT_LEAST = dict(batch=0, accum=1, steps=0, lr=0, warmup=0, clip=1e-9, ema=0, seed=0, noise_d=1,
+AT_LEAST = dict(text_length=1, blocks_16=0, batch=0, accum=1, steps=0, lr=0, warmup=0, clip=1e-9,
+                ema=0, seed=0, noise_d=1,
                 drop_label=0, log_every=1, sample_every=0, save_every=1, dropout_res=0, dropout=-1,
                 workers=-1, timeout=0.05, memory_budget=0)
-AT_MOST = dict(batch=1_000_000, steps=99_999_999, accum=1_000_000, res=4096, noise_d=4096,
+AT_MOST = dict(text_length=4096, blocks_16=1000, batch=1_000_000, steps=99_999_999,
+               accum=1_000_000, noise_d=4096,
                seed=2**63 - 2, workers=1024, timeout=10_000, memory_budget=1)
 PARENT = os.getppid()           # under torchrun: torchrun, while it lives
 NOT_FINITE_AT_MOST = 10         # gradients in a row, then the run ends
@@ -124,11 +134,16 @@ def parse_config(argv=None):
                             help=f"{says[field.name]} (default: {field.default!r})")
     config = Config(**vars(parser.parse_args(argv)))
 
-    config.model = config.model or ("tiny" if config.res <= 64 else "base")
+    if not re.fullmatch(r"0*[1-9]\d{0,3}(x0*[1-9]\d{0,3})?", config.res):
+        fail(f"--res {config.res}: must be pixels, like 64 or 384x640 (height x width)")
+    height, width = sides(config.res)
+    config.res = height if height == width else f"{height}x{width}"
+    config.model = config.model or ("tiny" if side(config.res) <= 64 else "base")
     switch = ("", "on", "off")
-    for name, values in dict(model=PRESETS, patch=("dwt", "conv", "none"), loss=("eps", "v"),
-                             schedule=("cosine", "shifted", "interpolated"),
-                             multiscale=switch, compile=switch, bf16=switch).items():
+    for name, values in dict(model=PRESETS, patch=("dwt", "conv", "none"), net=("uvit", "unet"),
+                             loss=("eps", "v", "sid2"), skips=("block", "level"),
+                             schedule=SCHEDULES, multiscale=switch, compile=switch,
+                             bf16=switch).items():
         if getattr(config, name) not in values:
             wanted = ", ".join(filter(None, values))
             fail(f"--{name} {getattr(config, name)}: must be one of {wanted}")
@@ -143,21 +158,30 @@ def parse_config(argv=None):
             fail(f"--{name.replace('_', '-')} {getattr(config, name)}: must be from 0 to below 1")
     if config.out and not os.path.isdir(Path(config.out).absolute().parent):
         fail(f"--out {config.out}: the folder it is to be in does not exist; make that first")
-    step = 2 ** (wavelet_levels(max(config.res, 1)) + unet_levels(max(config.res, 1)))
-    if config.res < 16 or config.res % step:
-        near = max(16, round(config.res / step) * step)
-        fail(f"--res {config.res}: must be at least 16 and, at this size, a multiple of {step}, "
-             f"for example {near}")
+    step = 2 ** (wavelet_levels(config.res) + unet_levels(config.res) + (config.net == "unet"))
+    near = [min(4096 // step, max(-(-16 // step), round(pixels / step))) * step
+            for pixels in (height, width)]
+    if [height, width] != near:
+        near = f"{near[0]}x{near[1]}" if height != width else near[0]
+        fail(f"--res {config.res}: sides must be from 16 to 4096 and, at this size, multiples of "
+             f"{step}, for example {near}")
+    if config.portrait and height >= width:
+        fail(f"--portrait --res {config.res}: the size must lie, height x width, like 384x640")
+    if config.net == "unet" and (config.text or config.skips == "level"):
+        fail(f"--net unet: has no {'--text' if config.text else '--skips level'}; --net uvit has")
+    if config.text and config.text != "bytes" and not config.text.startswith("t5:"):
+        fail(f"--text {config.text}: must be bytes, or t5:NAME")
     for name, value in DEFAULTS[config.model].items():
         setattr(config, name, getattr(config, name) or value)
-    config.multiscale = config.multiscale or ("on" if config.res >= 512 else "off")
+    large = side(config.res) >= 512 and config.loss != "sid2"
+    config.multiscale = config.multiscale or ("on" if large else "off")
     name = Path(os.path.abspath(config.data)).stem if config.data else "flowers"
     config.out = config.out or f"runs/{name}-{config.res}-{config.model}"
     return config
 
 
 def draw_noise(seed, first, count, res, device):
-    """t (B,) ~ U(0, 1), eps (B, 3, res, res) ~ N(0, 1), u (B,) ~ U(0, 1) of pictures first to
+    """t (B,) ~ U(0, 1), eps (B, 3, H, W) ~ N(0, 1), u (B,) ~ U(0, 1) of pictures first to
     first + count - 1. Each has its own generator: the same noise on any rank and in any batch.
     """
     generator, t, eps, u = torch.Generator(device), [], [], []
@@ -165,7 +189,7 @@ def draw_noise(seed, first, count, res, device):
         generator.manual_seed(seed_of(TRAINING, seed, n))
         t.append(torch.rand((), generator=generator, device=device))
         u.append(torch.rand((), generator=generator, device=device))
-        eps.append(torch.randn(3, res, res, generator=generator, device=device))
+        eps.append(torch.randn(3, *sides(res), generator=generator, device=device))
     return torch.stack(t), torch.stack(eps), torch.stack(u)
 
 
@@ -179,7 +203,7 @@ def ema_decay(updates, ema):
 
 def collate(items):
     x, label, broken = zip(*items)
-    return torch.stack(x), torch.tensor(label), dict(ChainMap(*broken))
+    return torch.stack(x), torch.stack(label), dict(ChainMap(*broken))
 
 
 def ignore_signals(_):
@@ -281,6 +305,7 @@ def main(argv=None):
 
 
 def train(config, rank, world, device, meet, at_exit):
+    height, width = sides(config.res)
     ddp, cuda, master = "RANK" in os.environ, device.type == "cuda", rank == 0
     bf16, micro = config.bf16 == "on", config.batch // (world * config.accum)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = bf16
@@ -288,9 +313,13 @@ def train(config, rank, world, device, meet, at_exit):
 
     # -- pictures
     try:
-        dataset = Flowers(config.res, config.seed)
+        tokens = tokenizer(config.text, config.text_length) if config.text else None
+        told = dict(tokens=tokens, portrait=config.portrait)
+        dataset = Flowers(config.res, config.seed, **told)
         if config.data:
-            dataset = Pictures(config.data, config.res, config.seed, config.flip)
+            dataset = Pictures(config.data, config.res, config.seed, config.flip, **told)
+        torch.manual_seed(config.seed)
+        model = network(vars(config), len(dataset.classes))
     except ValueError as error:
         fail(str(error))
     pictures, broken = len(dataset.names), {}       # broken: {name: why}, of all ranks
@@ -312,20 +341,18 @@ def train(config, rank, world, device, meet, at_exit):
     classes = len(dataset.classes)
 
     # -- model
-    torch.manual_seed(config.seed)
-    model = UViT.from_config(vars(config), classes)
     if not config.shard:                    # shares move there one by one: no GPU has to hold all
         model.to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     torch._functorch.config.activation_memory_budget = config.memory_budget     # read by compile
-    for block in model.blocks():
+    for block in residual_blocks(model):
         if config.compile == "on" and config.shard:     # shares are put together outside of it
             block.forward = torch.compile(block.forward)
         if config.recompute:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if config.shard:
         mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
-        for part in [*model.blocks(), model, *ema.blocks(), ema]:
+        for part in [*residual_blocks(model), model, *residual_blocks(ema), ema]:
             fully_shard(part, mesh=mesh, reshard_after_forward=True)
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.99), eps=1e-12,
                                   weight_decay=0, fused=True)
@@ -425,7 +452,7 @@ def train(config, rank, world, device, meet, at_exit):
     # -- what is about to happen
     if master:
         weights = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"{config.model} U-ViT, {weights:.1f} M weights, {config.res} x {config.res}, "
+        print(f"{config.model} {config.net}, {weights:.1f} M weights, {height} x {width}, "
               f"{classes} classes, batch {config.batch} on {world} x {device.type}"
               f"{' in bf16' if bf16 else ''}, steps {start} to {config.steps}.\n"
               f"Everything goes to {out}/; its grid.png shows samples "
@@ -452,16 +479,17 @@ def train(config, rank, world, device, meet, at_exit):
 
     # -- reports: a grid from fixed noise and the loss by noise level, the work shared by all ranks
     columns = min(classes, 10) or 8
-    shown = columns * (4 if config.res <= 128 else 1)
+    shown = columns * (4 if side(config.res) <= 128 else 1)
     _, report_eps, _ = draw_noise(config.seed + 1, 0, 16, config.res, device)
-    report_x, report_label = report_x.to(device), report_label.to(device) if classes else None
+    report_x, report_label = report_x.to(device), report_label.to(device)
 
     @torch.no_grad()
     def report():
         """Loss of the EMA by noise level, and on rank 0 its pictures: the same noise each time."""
         times = (torch.arange(NOISE_LEVELS, device=device) + .5) / NOISE_LEVELS
         mine, drawn, parts = range(rank, max(shown, world), world), None, [None] * world
-        label = torch.tensor([i % classes for i in mine], device=device) if classes else None
+        label = report_label[[i % 16 for i in mine]]    # captions of the pictures above, all lying
+        label[:, :2] = torch.tensor([(i % max(classes, 1), 0) for i in mine])
         fresh = picture_noise(config.seed, mine, config.res, device)
 
         def noise():
@@ -558,7 +586,8 @@ def train(config, rank, world, device, meet, at_exit):
             first = step * config.batch + (part * world + rank) * micro
             t, eps, u = draw_noise(config.seed, first, micro, config.res, device)
             x, label = x.to(device, non_blocking=True), label.to(device, non_blocking=True)
-            label = torch.where(u < config.drop_label, classes, label) if classes else None
+            dropped = (u < config.drop_label)[:, None]
+            label = torch.where(dropped, unconditional(label, classes), label)
             wait = ddp and not config.shard and part < config.accum - 1
             with net.no_sync() if wait else nullcontext():
                 with autocast:

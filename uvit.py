@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from schedule import side, sides
 from wavelet import dwt, idwt
 
 # Widths and ResBlocks are those of the levels 128, 64, 32 and the transformer's 16 x 16; a smaller
@@ -28,13 +29,13 @@ PRESETS = {
 
 
 def wavelet_levels(res):
-    """Levels of wavelet (log2 of the stride) that bring side res to 128 or less (Section 3.3)."""
-    return max(0, math.ceil(math.log2(res / 128)))
+    """Levels of wavelet (log2 of the stride) that bring side(res) to 128 or less (Section 3.3)."""
+    return max(0, math.ceil(math.log2(side(res) / 128)))
 
 
 def unet_levels(res):
     """Halvings from the top level of the network to its transformer, at 16 x 16 or just below."""
-    return max(0, math.ceil(math.log2(res / 2**wavelet_levels(res) / 16)))
+    return max(0, math.ceil(math.log2(side(res) / 2**wavelet_levels(res) / 16)))
 
 
 def zero(layer):
@@ -113,14 +114,35 @@ class AttentionBlock(nn.Module):
         return x + self.linear_out(h.transpose(1, 2).reshape(B, N, C))
 
 
-class Embedding(nn.Module):
-    """The clock and the class: logsnr (B,), label (B,) or None -> (B, emb)."""
+class CrossAttentionBlock(nn.Module):
+    """Attention to a caption (Section 3.6): x (B, N, C), text (B, L, T), seen (B, L) -> x's shape."""
 
-    def __init__(self, emb, classes):
+    def __init__(self, width, head, text):
+        super().__init__()
+        self.head, self.norm, self.norm_text = head, nn.LayerNorm(width), nn.LayerNorm(text)
+        self.q, self.kv = nn.Linear(width, width), nn.Linear(text, 2 * width)
+        self.norm_q, self.norm_k = nn.RMSNorm(head), nn.RMSNorm(head)
+        self.linear_out = zero(nn.Linear(width, width))
+
+    def forward(self, x, text, seen):
+        B, N, C = x.shape
+        q = self.q(self.norm(x)).view(B, N, -1, self.head).transpose(1, 2)
+        k, v = self.kv(self.norm_text(text)).view(B, -1, 2, C // self.head, self.head) \
+            .permute(2, 0, 3, 1, 4)                             # (B, heads, L, head) each
+        q, k = self.norm_q(q.float()).to(v.dtype), self.norm_k(k.float()).to(v.dtype)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None])
+        return x + self.linear_out(h.transpose(1, 2).reshape(B, N, C))
+
+
+class Embedding(nn.Module):
+    """The clock, the class, the way up: logsnr (B,), label (B, 2 + L) or None -> (B, emb)."""
+
+    def __init__(self, emb, classes, portrait=False):
         super().__init__()
         self.emb, self.classes = emb, classes
         self.linear_in, self.linear_out = nn.Linear(2 * (emb // 2), emb), nn.Linear(emb, emb)
         self.label = nn.Embedding(classes + 1, emb) if classes else None    # the last row: no class
+        self.portrait = nn.Embedding(2, emb) if portrait else None
 
     def forward(self, logsnr, label):
         # Sinusoids over logsnr with periods from 1 to 100: the schedule spans 30.
@@ -128,92 +150,108 @@ class Embedding(nn.Module):
         angle = 2 * math.pi * logsnr[:, None] / periods
         h = self.linear_out(F.silu(self.linear_in(torch.cat([angle.sin(), angle.cos()], 1))))
         if self.label is not None:
-            if label is None:
-                label = torch.full_like(logsnr, self.classes, dtype=torch.long)
-            h = h + self.label(label)
+            h = h + self.label(label[:, 0])
+        if self.portrait is not None:
+            h = h + self.portrait(label[:, 1])
         return F.silu(h)
 
 
-class UViT(nn.Module):
-    """U-ViT (Figure 8): z (B, 3, res, res), logsnr (B,), label (B,) or None -> v_hat, z's shape.
+def ends(patch, levels, top):
+    """First and last layer: on a wavelet's bands or pixels, or the two strided convolutions."""
+    if patch == "conv" and levels:
+        return (nn.Conv2d(3, top, 2**levels, stride=2**levels),
+                zero(nn.ConvTranspose2d(top, 3, 2**levels, stride=2**levels)))
+    channels = 3 * 4**levels
+    return nn.Conv2d(channels, top, 3, padding=1), zero(nn.Conv2d(top, channels, 3, padding=1))
 
-    res: side of the pictures, a multiple of 2^(levels of wavelet + halvings);
+
+def rows(label, z, classes, length):
+    """label as a network may be given it: None, (B,) or (B, 2 + length) -> (B, 2 + length)."""
+    if label is None:
+        label = torch.full((len(z),), classes, device=z.device)
+    label = label.view(len(z), -1)
+    return F.pad(label, (0, 2 + length - label.shape[1]))
+
+
+class UViT(nn.Module):
+    """U-ViT (Figure 8): z (B, 3, H, W), logsnr (B,), label or None -> v_hat, z's shape.
+
+    res: size of the pictures, d or "HxW", multiples of 2^(levels of wavelet + halvings);
     widths, blocks, depth, head, emb, dropout: a row of PRESETS; classes: 0 for an unconditional
-    model, else label is in [0, classes], `classes` itself being the null class (also label=None);
+    model, else a class is in [0, classes], `classes` itself being the null class;
     patch: "dwt", "conv" (strided and transposed convolution) or "none" (full-size top level);
-    dropout_res: dropout acts in the transformer, and in ResBlocks on maps of at most this side.
+    dropout_res: dropout acts in the transformer, and in ResBlocks on maps of at most this side;
+    portrait: told which pictures stand upright;  text: None or an encoder of text.py;
+    residual: one skip a level, of SiD2 (not in the first paper), in place of one a block.
+    label: (B,) classes, or (B, 2 + L): class, upright (0 or 1), the L tokens of a caption.
     """
 
     def __init__(self, res, widths, blocks, depth, head, emb, dropout=0.0, classes=0, patch="dwt",
-                 dropout_res=16):
+                 dropout_res=16, portrait=False, text=None, residual=False):
         super().__init__()
-        self.classes = classes
+        self.classes, self.text, self.residual = classes, text, residual
         levels, halvings = wavelet_levels(res), unet_levels(res)
         if patch == "none":
             levels, halvings = 0, levels + halvings
         step = 2 ** (levels + halvings)
-        assert res % step == 0, f"res must be a multiple of {step}, not {res}"
+        height, width = sides(res)
+        assert height % step == width % step == 0, f"{step} must divide the sides of {res}"
         assert patch in ("dwt", "conv", "none"), f"patch must be dwt, conv or none, not {patch!r}"
-        self.levels, channels = (levels, 3 * 4**levels) if patch == "dwt" else (0, 3)
+        self.levels = levels if patch == "dwt" else 0
         # The last `halvings` levels above 16 x 16; levels above the table's first repeat its width.
         extra = max(0, halvings + 1 - len(widths))
         widths = ((widths[0],) * extra + tuple(widths))[-halvings - 1:]
         blocks = ((blocks[0],) * extra + tuple(blocks))[-halvings:] if halvings else ()
-        sizes = [res // 2**levels // 2**i for i in range(halvings + 1)]
-        drops = [dropout if size <= dropout_res else 0.0 for size in sizes[:-1]] + [dropout]
+        maps = [side(res) / 2 ** (levels + i) for i in range(halvings)]
+        drops = [dropout if size <= dropout_res else 0.0 for size in maps]
 
-        top, width = widths[0], widths[-1]
-        if patch == "conv" and levels:
-            self.project_in = nn.Conv2d(channels, top, 2**levels, stride=2**levels)
-            self.project_out = zero(nn.ConvTranspose2d(top, channels, 2**levels, stride=2**levels))
-        else:
-            self.project_in = nn.Conv2d(channels, top, 3, padding=1)
-            self.project_out = zero(nn.Conv2d(top, channels, 3, padding=1))
-        self.embedding = Embedding(emb, classes)
+        self.project_in, self.project_out = ends(patch, levels, widths[0])
+        self.embedding = Embedding(emb, classes, portrait)
         self.down, self.pool, self.up, self.unpool = (nn.ModuleList() for _ in range(4))
         for w, below, n, drop in zip(widths, widths[1:], blocks, drops):
-            down, up = ([ResBlock(w, emb, drop, skip) for _ in range(n)] for skip in (False, True))
+            down, up = ([ResBlock(w, emb, drop, skip) for _ in range(n)]
+                        for skip in (False, not residual))
             self.down.append(nn.ModuleList(down))
             self.pool.append(nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(w, below, 1)))
             unpool = nn.Sequential(nn.Conv2d(below, w, 1), Upsample())
             self.unpool.insert(0, unpool)
             self.up.insert(0, nn.ModuleList(up))
-        self.position = nn.Parameter(0.01 * torch.randn(1, width, sizes[-1], sizes[-1]))
+        w = widths[-1]
+        self.position = nn.Parameter(0.01 * torch.randn(1, w, height // step, width // step))
         self.transformer = nn.ModuleList(
-            nn.ModuleList([MLPBlock(width, emb, dropout), AttentionBlock(width, head)])
+            nn.ModuleList([MLPBlock(w, emb, dropout), AttentionBlock(w, head)]
+                          + ([CrossAttentionBlock(w, head, text.width)] if text else []))
             for _ in range(depth))
-        self.norm_out = group_norm(top)
-
-    @classmethod
-    def from_config(cls, config, classes):
-        """The U-ViT that a configuration (a dict) names; config["dropout"] < 0: its preset's."""
-        shape = dict(PRESETS[config["model"]])
-        if config["dropout"] >= 0:
-            shape["dropout"] = config["dropout"]
-        return cls(config["res"], **shape, classes=classes, patch=config["patch"],
-                   dropout_res=config["dropout_res"])
-
-    def blocks(self):
-        """All residual blocks, which hold most of the weights and of the activations."""
-        kinds = (ResBlock, MLPBlock, AttentionBlock)
-        return [part for part in self.modules() if isinstance(part, kinds)]
+        self.norm_out = group_norm(widths[0])
 
     def forward(self, z, logsnr, label=None):
-        emb, skips = self.embedding(logsnr, label), []      # (B, emb)
+        label = rows(label, z, self.classes, self.text.length if self.text else 0)
+        emb, skips, pooled = self.embedding(logsnr, label), [], []      # (B, emb)
+        caption = self.text(label[:, 2:]) if self.text else ()          # (B, L, T), (B, L)
         h = self.project_in(dwt(z, self.levels))            # (B, widths[0], top, top)
         for blocks, pool in zip(self.down, self.pool):
             for block in blocks:
                 h = block(h, emb)                           # (B, widths[i], top / 2^i, ...)
                 skips.append(h)
-            h = pool(h)                                     # (B, widths[i + 1], half of it, ...)
+            pooled.append((h, pool(h)))
+            _, h = pooled[-1]                               # (B, widths[i + 1], half of it, ...)
         h = h + self.position                               # (B, widths[-1], 16, 16)
         shape, h = h.shape, h.flatten(2).mT                 # (B, 256, widths[-1])
-        for mlp, attention in self.transformer:
+        for mlp, attention, *cross in self.transformer:
             h = attention(mlp(h, emb))                      # (B, 256, widths[-1])
+            for block in cross:
+                h = block(h, *caption)                      # (B, 256, widths[-1])
         h = h.mT.reshape(shape)                             # (B, widths[-1], 16, 16)
         for unpool, blocks in zip(self.unpool, self.up):
-            h = unpool(h)                                   # (B, widths[i], top / 2^i, ...)
+            before, after = pooled.pop()
+            h = unpool(h - after) + before if self.residual else unpool(h)
             for block in blocks:
-                h = block(h, emb, skips.pop())              # (B, widths[i], top / 2^i, ...)
+                h = block(h, emb, None if self.residual else skips.pop())   # (B, widths[i], ...)
         h = self.project_out(F.silu(self.norm_out(h)))      # (B, 3 4^levels, top, top)
         return idwt(h.float(), self.levels)                 # (B, 3, H, W), inverted in float32
+
+
+def residual_blocks(model):
+    """All residual blocks, which hold most of the weights and of the activations."""
+    kinds = (ResBlock, MLPBlock, AttentionBlock, CrossAttentionBlock)
+    return [part for part in model.modules() if isinstance(part, kinds)]

