@@ -115,7 +115,7 @@ class AttentionBlock(nn.Module):
 
 
 class CrossAttentionBlock(nn.Module):
-    """Attention to a caption (Section 3.6): x (B, N, C), text (B, L, T), seen (B, L) -> x's shape."""
+    """Attention to a caption (Section 3.6): x (B, N, C), text (B, L, T), seen (B, L) -> as x."""
 
     def __init__(self, width, head, text):
         super().__init__()
