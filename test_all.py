@@ -37,7 +37,9 @@ import data
 import loss as losses
 import sample as sampling
 import schedule
+import text
 import train
+import unet
 import uvit
 import wavelet
 
@@ -311,6 +313,41 @@ def test_loss_refuses_an_unknown_kind():
         losses.diffusion_loss(None, *one_batch()[:3], schedule.logsnr_cosine, kind="x")
 
 
+@pytest.mark.parametrize("d, b", [(32, 0), (128, 0), (256, -1), (512, -3), (1024, -4), (362.0386719675124, -2)])
+@pytest.mark.parametrize("name", ["cosine", "shifted", "interpolated"])
+def test_sid2_weight_is_minus_half_the_slope_of_logsnr_times_sigmoid_of_b_minus_logsnr(name, d, b):
+    t, h = torch.tensor([.02, .3, .5, .9, .98], dtype=torch.float64), 1e-6
+    logsnr = {"cosine": schedule.logsnr_cosine, "shifted": lambda t: schedule.logsnr_shifted(t, d),
+              "interpolated": lambda t: schedule.logsnr_interpolated(t, d)}[name]
+    slope = (logsnr(t + h) - logsnr(t - h)) / (2 * h)
+    by_hand = -slope / 2 / (1 + torch.exp(logsnr(t) - b))
+    with torch.no_grad():                   # as in the reports
+        weight = losses.sigmoid_weight(t, logsnr, d)
+    assert weight.shape == (5, 1, 1, 1) and torch.allclose(weight.flatten(), by_hand, rtol=1e-6)
+
+
+@pytest.mark.parametrize("multiscale", [False, True])
+def test_sid2_loss_weighs_the_error_of_eps_which_is_its_weight_of_the_error_of_x(multiscale):
+    torch.manual_seed(0)
+    x, eps, v_hat = (torch.randn(3, 3, 64, 64, dtype=torch.float64) for _ in range(3))
+    t, logsnr = torch.tensor([.1, .4, .8], dtype=torch.float64), schedule.logsnr_schedule("shifted", 64)
+    ours = losses.diffusion_loss(lambda *args: v_hat, x, t, eps, logsnr, kind="sid2", multiscale=multiscale)
+    by_hand, h = [], 1e-6
+    for i in range(3):
+        l = logsnr(t[i])
+        slope = (logsnr(t[i] + h) - logsnr(t[i] - h)) / (2 * h)
+        alpha, sigma = torch.sigmoid(l).sqrt(), torch.sigmoid(-l).sqrt()
+        z = alpha * x[i] + sigma * eps[i]
+        eps_hat, x_hat = sigma * z + alpha * v_hat[i].float(), alpha * z - sigma * v_hat[i].float()
+        scales = [(lambda e, s=s: F.avg_pool2d(e[None], 64 // s).square().mean() / s) for s in (32, 64)] if multiscale \
+            else [lambda e: e.square().mean()]
+        by_eps = sum(-slope / 2 * torch.sigmoid(-l) * scale(eps[i] - eps_hat) for scale in scales)
+        by_x = sum(-slope / 2 * torch.sigmoid(l) * scale(x[i] - x_hat) for scale in scales)   # exp(b) sigmoid(logsnr - b), b = 0
+        assert torch.allclose(by_eps, by_x, rtol=1e-6)
+        by_hand.append(by_eps)
+    assert torch.allclose(ours, sum(by_hand) / 3, rtol=1e-5)
+
+
 def test_pooled_unit_noise_from_256_to_32_has_variance_1_64():
     """multiscale_mse of unit noise: sum over s of (1/s) (s/256)^2, so the 32 x 32 term has variance 1/64."""
     torch.manual_seed(0)
@@ -454,6 +491,28 @@ def test_guidance_on_v_is_guidance_on_eps():
         v_hat = sampling.guided(model, z, torch.zeros(2), label, 1 + eta)
         by_hand = (1 + eta) * eps(label[:, None, None, None]) - eta * eps(torch.full((2, 1, 1, 1), 10.0))
         assert torch.allclose(eps(v_hat), by_hand, atol=1e-5)
+
+
+def test_guidance_on_an_interval_of_logsnr_and_nowhere_else():
+    seen = []
+
+    def model(z, logsnr, label):
+        seen.append((len(z), logsnr[0].item(), logsnr.std().item()))
+        return torch.zeros_like(z)
+    model.classes = 10
+    noise = lambda: torch.ones(2, 1, 1, 1)
+    sampling.sample(model, schedule.logsnr_cosine, noise, 20, torch.tensor([1, 2]), guidance=3.0, interval=(-2, 1.5))
+    assert len(seen) == 20 and {batch for batch, *_ in seen} == {2, 4} and all(spread == 0 for *_, spread in seen)
+    assert all(batch == (4 if -2 <= logsnr <= 1.5 else 2) for batch, logsnr, _ in seen)
+    clock = np_logsnr_cosine(np.linspace(1, 0, 21)[:20])
+    assert np.allclose([logsnr for _, logsnr, _ in seen], clock, atol=1e-4)
+
+
+def test_unconditional_is_the_null_class_and_the_empty_caption_the_same_way_up():
+    assert text.unconditional(torch.tensor([3, 4]), 10).tolist() == [10, 10]
+    rows = torch.tensor([[3, 1, 7, 8, 0], [4, 0, 9, 0, 0]])
+    assert text.unconditional(rows, 10).tolist() == [[10, 1, 0, 0, 0], [10, 0, 0, 0, 0]]
+    assert text.condition(3, True, [7, 8]).tolist() == [3, 1, 7, 8]
 
 
 def test_noise_of_a_picture_does_not_depend_on_its_batch():
@@ -682,6 +741,316 @@ def test_top_level_is_never_above_128(res, levels, top):
         assert model(torch.zeros(1, 3, res, res), torch.zeros(1)).shape == (1, 3, res, res)
     assert model.levels == levels and shapes[0][-2:] == (top, top)
     assert model.position.shape[-1] in range(9, 17)
+
+
+# ---------------------------------------------------------------------------- text.py, unet.py, any shape
+
+@torch.enable_grad()
+def captioned(length=24, **options):
+    """A small U-ViT that reads bytes, a few steps trained, so that its cross-attention has left zero; row(words)."""
+    torch.manual_seed(0)
+    encoder = text.ByteEncoder(length, 64)
+    model = small_uvit(classes=0, text=encoder, **options)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    tokens = text.tokenizer("bytes", length)
+    row = lambda *captions: torch.stack([text.condition(0, 0, tokens(caption)) for caption in captions])
+    for _ in range(5):
+        loss = losses.diffusion_loss(model, torch.rand(3, 3, 32, 32), torch.rand(3), torch.randn(3, 3, 32, 32), schedule.logsnr_cosine,
+                                     row("a red flower", "blue", ""))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+    return model.eval(), row
+
+
+@torch.no_grad()
+def test_masked_tokens_change_nothing_and_order_of_words_does():
+    model, row = captioned()
+    z, logsnr = torch.randn(1, 3, 32, 32), torch.zeros(1)
+    say = lambda caption: model(z, logsnr, row(caption))
+    out = say("red on blue")
+    assert (say("blue on red") - out).abs().max() > 1e-4 and (say("red on blu") - out).abs().max() > 1e-4
+    model.text.position.weight[1 + len("red on blue"):] += torch.randn(64)   # of what is masked
+    assert torch.equal(say("red on blue"), out)
+    model.text.position.weight[len("red on blue")] += torch.randn(64)       # of the last that is not
+    assert (say("red on blue") - out).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_empty_caption_is_the_dropped_one_and_no_caption():
+    model, row = captioned()
+    z, logsnr = torch.randn(2, 3, 32, 32), torch.zeros(2)
+    assert torch.equal(text.unconditional(row("a red flower", "blue"), model.classes), row("", ""))
+    empty = model(z, logsnr, row("", ""))
+    assert torch.equal(model(z, logsnr), empty) and empty.isfinite().all()
+    assert (model(z, logsnr, row("a red flower", "")) - empty)[0].abs().max() > 1e-4
+
+
+def test_caption_is_utf8_bytes_plus_1_cut_or_filled_with_0():
+    assert text.tokenizer("bytes", 6)("aé") == [98, 196, 170, 0, 0, 0]
+    assert text.tokenizer("bytes", 2)("abc") == [98, 99] and text.tokenizer("bytes", 3)("") == [0, 0, 0]
+    assert max(text.tokenizer("bytes", 4)("\udcff\uffff")) <= 256
+
+
+@torch.no_grad()
+def test_cross_attention_reads_what_is_seen_with_normalised_q_and_k():
+    torch.manual_seed(0)
+    block = random_weights(uvit.CrossAttentionBlock(8, 4, 6)).float()
+    x, words, seen = torch.randn(1, 5, 8), torch.randn(1, 4, 6), torch.tensor([[True, False, True, True]])
+    norm = lambda a, by: (a - a.mean(-1, keepdim=True)) / (a.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt() * by.weight + by.bias
+    rms = lambda a, weight: a / a.square().mean(-1, keepdim=True).sqrt() * weight
+    queries = (norm(x, block.norm) @ block.q.weight.T + block.q.bias)[0]
+    keys_values, out = (norm(words, block.norm_text) @ block.kv.weight.T + block.kv.bias)[0][seen[0]], torch.zeros(5, 8)
+    for head in (0, 1):
+        q, k, v = queries[:, 4 * head:4 * head + 4], keys_values[:, 4 * head:4 * head + 4], keys_values[:, 8 + 4 * head:12 + 4 * head]
+        out[:, 4 * head:4 * head + 4] = torch.softmax(rms(q, block.norm_q.weight) @ rms(k, block.norm_k.weight).T / 2, -1) @ v
+    by_hand = x + out @ block.linear_out.weight.T + block.linear_out.bias
+    assert torch.allclose(block(x, words, seen), by_hand, atol=1e-4)
+    assert uvit.CrossAttentionBlock(8, 4, 6)(x, words, seen).equal(x)       # nothing at the start
+
+
+@pytest.fixture(scope="module")
+def tiny_t5(tmp_path_factory):
+    """A T5 of random weights with a tokenizer of a few words, on disk."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("t5")
+    words = {word: i for i, word in enumerate("<pad> </s> <unk> a red blue flower with seven petals".split())}
+    tokens = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokens.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokens.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="<pad>", eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.T5Config(vocab_size=len(words), d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3)
+    transformers.T5EncoderModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_t5_has_the_same_interface_is_frozen_and_not_in_the_checkpoint(tmp_path, tiny_t5, little):
+    transformers = pytest.importorskip("transformers")
+    encoder, tokens = text.text_encoder(f"t5:{tiny_t5}", 12, 0), text.tokenizer(f"t5:{tiny_t5}", 12)
+    assert encoder.width == 24 and tokens("a red flower") == [3, 4, 6, 1] + 8 * [0] and tokens("") == 12 * [0]
+    assert tokens("a " * 50) == 11 * [3] + [1]
+    rows = torch.tensor([tokens("a red flower"), tokens("")])
+    h, seen = encoder(rows)
+    whole = transformers.T5EncoderModel.from_pretrained(tiny_t5).eval()(input_ids=rows[:1, :4]).last_hidden_state
+    assert h.shape == (2, 13, 24) and seen.tolist() == [5 * [True] + 8 * [False], [True] + 12 * [False]]
+    assert torch.allclose(h[0, 1:5], whole[0], atol=1e-5) and not h.requires_grad
+    before = {name: p.clone() for name, p in encoder.encoder.state_dict().items()}
+    saved = run_train(tmp_path / "run", "--steps", "3", "--text", f"t5:{tiny_t5}", "--text-length", "12", "--save-every", "2")
+    assert not any(name.startswith("text.") for name in saved["model"]) and any(".2.kv." in name for name in saved["model"])
+    assert_same_bits(before, transformers.T5EncoderModel.from_pretrained(tiny_t5).state_dict())
+    shutil.copytree(tmp_path / "run", tmp_path / "resumed")
+    (tmp_path / "resumed/ckpt-00000003.pt").unlink()
+    again = run_train(tmp_path / "resumed", "--steps", "3", "--text", f"t5:{tiny_t5}", "--text-length", "12", "--save-every", "2")
+    assert_same_bits(saved["model"], again["model"])
+    sampling.main(["--ckpt", str(tmp_path / "run/model.pt"), "--prompt", "a red flower", "a blue flower", "--guidance", "2",
+                   "--steps", "2", "--out", str(tmp_path / "pictures")])
+    assert (tmp_path / "pictures/000001.png").exists()
+
+
+def test_t5_is_imported_only_for_t5():
+    code = "import sys; import train; train.network(vars(train.Config(model='tiny', text='bytes')), 0); assert 'transformers' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == 0
+
+
+@torch.no_grad()
+def test_residual_skip_is_up_of_h_less_h_after_plus_h_before():
+    """SiD2's, on a U-ViT of one level with no block: x = up(x - h_after) + h_before."""
+    torch.manual_seed(0)
+    model = uvit.UViT(32, (8, 16), (0,), 0, 8, 8, residual=True)
+    random_weights(model).float()
+    z = torch.randn(1, 3, 32, 32)
+    before = model.project_in(z)
+    after = model.pool[0](before)
+    h = model.unpool[0](after + model.position - after) + before
+    by_hand = model.project_out(F.silu(model.norm_out(h)))
+    assert torch.allclose(model(z, torch.zeros(1)), by_hand, atol=1e-5)
+    assert not torch.allclose(uvit.UViT(32, (8, 16), (0,), 0, 8, 8)(z, torch.zeros(1)), by_hand, atol=1e-3)
+
+
+def test_one_skip_a_level_gives_every_weight_a_gradient():
+    model = trained(small_uvit(64, residual=True), res=64)
+    assert not any("norm_skip" in name for name in model.state_dict())
+    losses.diffusion_loss(model, torch.rand(2, 3, 64, 64), torch.rand(2), torch.randn(2, 3, 64, 64), schedule.logsnr_cosine, torch.tensor([1, 2])).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_d_of_a_picture_that_is_not_square_is_the_root_of_its_pixels():
+    assert schedule.sides("384x640") == (384, 640) and schedule.sides(64) == schedule.sides("64") == schedule.sides("64x64") == (64, 64)
+    assert schedule.side("384x640") == pytest.approx((384 * 640) ** .5) and schedule.side(512) == 512
+    ours = schedule.logsnr_schedule("shifted", "384x640")(TIMES) - schedule.logsnr_cosine(TIMES)
+    assert torch.allclose(ours, torch.full_like(ours, math.log(32 * 32 / (384 * 640))))
+
+
+def test_384_x_640_is_a_96_x_160_map_and_a_12_x_20_transformer():
+    with torch.device("meta"):
+        model = uvit.UViT("384x640", **uvit.PRESETS["small"])
+        seen = {}
+        model.project_in.register_forward_hook(lambda layer, given, made: seen.update(top=made.shape))
+        assert model(torch.zeros(1, 3, 384, 640), torch.zeros(1)).shape == (1, 3, 384, 640)
+    assert model.levels == 2 and model.position.shape[2:] == (12, 20) and seen["top"] == (1, 64, 96, 160)
+
+
+def test_wavelet_and_network_keep_what_is_where_in_a_picture_that_is_not_square():
+    x = torch.randn(1, 3, 32, 80)
+    assert torch.allclose(wavelet.idwt(wavelet.dwt(x, 2), 2), x, atol=1e-5)
+    assert torch.allclose(wavelet.dwt(x.mT, 1)[:, :3], wavelet.dwt(x, 1)[:, :3].mT, atol=1e-6)
+    torch.manual_seed(0)
+    model = random_weights(small_uvit("16x48")).float().eval()
+    z = torch.randn(1, 3, 16, 48, requires_grad=True)
+    model(z, torch.zeros(1), torch.tensor([1]))[0, 0, 3, 44].backward()
+    y, x = divmod(z.grad[0].abs().sum(0).flatten().argmax().item(), 48)
+    assert abs(y - 3) <= 2 and abs(x - 44) <= 2
+
+
+UNET_ROWS = {   # res: resolutions and widths, ResBlocks on the way down, of the paper's table
+    128: ([128, 64, 32, 16, 8], [128, 256, 512, 1024, 1024], [3, 4, 4, 12, 4], 3),
+    256: ([256, 128, 64, 32, 16, 8], [128, 128, 256, 512, 1024, 1024], [1, 2, 2, 4, 12, 4], 3),
+    512: ([128, 64, 32, 16, 8], [256, 384, 512, 1024, 1024], [3, 3, 4, 12, 4], 48)}
+
+
+def unet_by_hand(res, emb=1024):
+    """Weights, and multiplications and additions of one forward (2 each), of a row of the paper's table."""
+    sizes, widths, blocks, channels = UNET_ROWS[res]
+    conv = lambda a, b, k: (a * b * k * k + b, 2 * a * b * k * k)               # weights, FLOPs per pixel
+    weights = conv(channels, widths[0], 3)[0] + conv(widths[0], channels, 3)[0] + 2 * widths[0] + 2 * (emb * emb + emb)
+    flops = (conv(channels, widths[0], 3)[1] + conv(widths[0], channels, 3)[1]) * sizes[0] ** 2 + 2 * 2 * emb * emb
+    for size, w, n in zip(sizes, widths, blocks):
+        block = 2 * conv(w, w, 3)[0] + (emb * 2 * w + 2 * w) + 2 * 2 * w
+        work = 2 * conv(w, w, 3)[1] * size**2 + 2 * emb * 2 * w
+        if size <= 16:                                                          # norm, q k v, q and k per head, output
+            block += 2 * w + 4 * (w * w + w) + 2 * 64
+            work += 2 * 4 * w * w * size**2 + 2 * 2 * size**4 * w
+        weights += (2 * n + 1) * block + (n + 1) * 2 * w                        # n down, n + 1 up, which norm a skip each
+        flops += (2 * n + 1) * work
+    for size, w, below in zip(sizes, widths, widths[1:]):
+        weights += conv(w, below, 1)[0] + conv(below, w, 1)[0]
+        flops += (conv(w, below, 1)[1] + conv(below, w, 1)[1]) * (size // 2) ** 2
+    return weights, flops
+
+
+@pytest.mark.parametrize("res", UNET_ROWS)
+def test_unet_has_the_weights_and_flops_of_the_papers_table(res):
+    from torch.utils.flop_counter import FlopCounterMode
+    config = vars(train.Config(res=res, model="base", net="unet"))
+    with torch.device("meta"), torch.no_grad():
+        model = sampling.network(config, 0)
+        with FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, 3, res, res), torch.zeros(1))
+    weights, flops = unet_by_hand(res)
+    assert sum(p.numel() for p in model.parameters()) == weights
+    assert abs(counter.get_total_flops() / flops - 1) < .1
+
+
+def test_unet_has_attention_at_16_and_8_and_dropout_from_16_down_and_a_dial():
+    model = unet.UNet(64, 16, 16, 32, dropout=.1, blocks_16=2)
+    seen = []
+    for layer in model.modules():
+        if isinstance(layer, uvit.ResBlock):
+            layer.register_forward_hook(lambda layer, given, made: seen.append((made.shape[-1], layer.dropout.p, 0)))
+        if isinstance(layer, unet.MapAttention):
+            layer.register_forward_hook(lambda layer, given, made: seen.append(seen.pop()[:2] + (1,)))
+    model(torch.randn(1, 3, 64, 64), torch.zeros(1))
+    levels = lambda n64, n32, n16, n8: [(64, 0, 0)] * n64 + [(32, 0, 0)] * n32 + [(16, .1, 1)] * n16 + [(8, .1, 1)] * n8
+    assert seen == levels(4, 4, 2, 4) + levels(5, 5, 3, 5)[::-1]
+    assert unet.UNet(64, 16, 16, 32).up[1].__len__() == 13                       # the paper's 12 + 13
+
+
+@pytest.mark.parametrize("patch", ["dwt", "conv", "none"])
+def test_unet_gives_every_weight_a_gradient_and_starts_at_zero(patch):
+    torch.manual_seed(0)
+    model, size = unet.UNet("320x384", 8, 16, 16, classes=10, patch=patch, blocks_16=1), (1, 3, 320, 384)
+    assert model(torch.randn(size), torch.zeros(1), torch.tensor([3])).abs().max() == 0
+    random_weights(model).float()
+    model(torch.randn(size), torch.zeros(1), torch.tensor([3])).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert model.levels == (2 if patch == "dwt" else 0) and len(model.down) == (7 if patch == "none" else 5)
+
+
+def write_captioned(folder):
+    """Ten pictures with captions beside them: two lines each, of the last one none."""
+    write_folder(folder)
+    for i, file in enumerate(sorted(folder.rglob("*.png"))[:-1]):
+        file.with_suffix(".txt").write_text(f"  picture\t{i} \n\nnumber {i}", encoding="utf-8")
+
+
+def test_captions_are_lines_of_the_txt_beside_in_a_folder_and_in_a_zip(tmp_path):
+    write_captioned(tmp_path / "set")
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for file in (tmp_path / "set").rglob("*.*"):
+            archive.write(file, file.relative_to(tmp_path / "set"))
+    tokens = text.tokenizer("bytes", 16)
+    told = {}
+    for path in ("set", "set.zip"):
+        dataset = data.Pictures(tmp_path / path, 16, tokens=tokens)
+        rows = [dataset[n][1] for n in range(200)]
+        assert dataset.classes == [] and all(row.shape == (18,) and row[:2].tolist() == [0, 0] for row in rows)
+        told[path] = [bytes(byte - 1 for byte in row[2:].tolist() if byte).decode() for row in rows]
+    count = len(dataset.names) - 1
+    assert set(told["set"]) == {"", *(f"picture {i}" for i in range(count)), *(f"number {i}" for i in range(count))}
+    assert told["set"] == told["set.zip"]
+
+
+def test_flowers_say_what_they_are_and_a_quarter_of_the_combinations_is_never_shown():
+    words = lambda row: bytes(byte - 1 for byte in row[2:].tolist() if byte).decode()
+    dataset = data.Flowers(16, tokens=text.tokenizer("bytes", 64))
+    said = [words(dataset[n][1]) for n in range(2000)]
+    pattern = re.compile(r"a (\w+) flower with (\w+) (?:(?:round|pointed) )?petals(?:, speckled,)?(?: on [a-z ]+)?")
+    shown = set()
+    for caption in said:
+        colour, number = pattern.fullmatch(caption).groups()
+        shown.add((colour, int(number) if number.isdecimal() else data.NUMBERS.index(number) + 3))
+    hidden = {(colour, k) for colour in data.PETALS for k in range(3, 13)} - shown
+    assert len(hidden) == 20 and all(data.never_shown(*pair) for pair in hidden)
+    assert {k for _, k in hidden} == set(range(3, 13)) and {colour for colour, _ in hidden} == set(data.PETALS)
+    assert dataset.classes == [] and len(set(map(len, said))) > 10
+
+
+def test_upright_pictures_are_turned_flagged_and_mirrored_left_to_right(tmp_path):
+    upright = np.zeros((60, 36, 3), np.uint8)
+    upright[:30, :18], upright[:30, 18:], upright[30:] = (250, 0, 0), (0, 250, 0), (0, 0, 250)     # red left, green right, blue below
+    Image.fromarray(upright).save(tmp_path / "upright.png")
+    Image.fromarray(np.full((36, 60, 3), 9, np.uint8)).save(tmp_path / "lying.png")
+    dataset, mirrored = data.Pictures(tmp_path, "24x40", portrait=True), set()
+    for n in range(40):
+        x, label, _ = dataset[n]
+        assert x.shape == (3, 24, 40)
+        if x.max() < 0:
+            assert label.tolist() == [0, 0]
+            continue
+        assert label.tolist() == [0, 1]
+        stood = np.rot90(((x + 1) / 2).permute(1, 2, 0).numpy(), -1)           # as sample.py turns them back
+        assert stood.shape == (40, 24, 3) and stood[30:, :, 2].min() > .9 and stood[:10, :, 2].max() < .1
+        left, right = stood[5, 3].argmax(), stood[5, 20].argmax()
+        assert {left, right} == {0, 1}
+        mirrored.add(left)
+    assert mirrored == {0, 1}
+    assert all(data.Pictures(tmp_path, "24x40")[n][1].tolist() == [0, 0] for n in range(4))         # without: cropped
+
+
+def test_flowers_stand_and_lie_and_are_round():
+    sys.path.insert(0, str(HERE / "benchmarks"))
+    import score
+    dataset = data.Flowers("48x80", portrait=True)
+    items = [dataset[n] for n in range(40)]
+    x, upright = torch.stack([item[0] for item in items]), torch.stack([item[1] for item in items])[:, 1]
+    assert x.shape == (40, 3, 48, 80) and 8 < upright.sum() < 32
+    found = score.score((x + 1) / 2)
+    assert abs(found["axes"].median() - 1) < .01 and (abs(found["axes"] - 1) < .05).float().mean() > .9
+
+
+def test_score_reads_petals_and_colour_of_real_flowers_and_sees_what_is_wrong():
+    sys.path.insert(0, str(HERE / "benchmarks"))
+    import score
+    x, petals, colour = score.real(100, 64)
+    found = score.score(x)
+    assert (found["petals"] == petals).float().mean() >= .99 and np.mean([a == b for a, b in zip(found["colour"], colour)]) >= .99
+    squeezed = score.score(F.interpolate(x[:40], (64, 80), mode="bilinear"))
+    assert abs(squeezed["axes"].median() - .8) < .02
+    half = x[:40].clone()
+    half[:, :, :28] = half[:, :, :28].flip(2)                                   # one half of the flower upside down
+    assert score.score(half)["asymmetry"].median() > 1.5 * found["asymmetry"].median()
 
 
 # ---------------------------------------------------------------------------- data.py
@@ -1418,14 +1787,26 @@ def test_run_leaves_no_file_process_or_open_file_behind(tmp_path, little):
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_two_ranks_equal_one_process(tmp_path):
-    flags = [*SMALL, "--steps", "4", "--drop-label", ".5"]
+@pytest.mark.parametrize("told", [[], ["--text", "bytes"]], ids=["class", "caption"])
+def test_two_ranks_equal_one_process(tmp_path, told):
+    flags = [*SMALL, "--steps", "4", "--drop-label", ".5", *told]
     run_script(*PYTHON, "train.py", *flags, "--out", tmp_path / "one")
     run_script(*TORCHRUN, "--nproc_per_node=2", "train.py", *flags, "--accum", "2", "--out", tmp_path / "two")
     one, two = last_checkpoint(tmp_path / "one"), last_checkpoint(tmp_path / "two")
     assert same_to_rounding(one, two)
     losses = [[line["loss"] for line in log_lines(tmp_path / name)] for name in ("one", "two")]
     assert np.allclose(*losses, rtol=1e-5)
+
+
+def test_sharded_ranks_learn_from_captions_what_ddp_learns(tmp_path):
+    flags = ["train.py", *SMALL, "--save-every", "1", "--drop-label", ".5", "--text", "bytes", "--steps"]
+    two = [*TORCHRUN, "--nproc_per_node=2", *flags]
+    run_script(*two, "4", "--out", tmp_path / "ddp")
+    run_script(*two, "3", "--shard", "--recompute", "--out", tmp_path / "shard")
+    run_script(*PYTHON, *flags, "4", "--out", tmp_path / "shard")               # goes on as one process
+    ddp, shard = last_checkpoint(tmp_path / "ddp"), last_checkpoint(tmp_path / "shard")
+    assert same_to_rounding(ddp, shard) and ddp["model"].keys() == shard["model"].keys()
+    assert any(name.startswith("text.") for name in shard["model"])
 
 
 def test_sharded_ranks_learn_what_ddp_learns_and_their_checkpoint_is_a_bare_whole_one(tmp_path, capsys):
@@ -1630,6 +2011,46 @@ def test_labels_are_dropped_for_their_share(tmp_path, little, monkeypatch):
         assert abs((torch.cat(seen)[:, 0] == 10).float().mean() - share) < .06
 
 
+def test_captions_are_dropped_for_their_share_and_the_way_up_is_not(tmp_path, little, monkeypatch):
+    honest, seen = train.diffusion_loss, []
+    monkeypatch.setattr(train, "diffusion_loss", lambda net, x, t, eps, logsnr, label, *rest: seen.append(label)
+                        or honest(net, x, t, eps, logsnr, label, *rest))
+    run_train(tmp_path, "--res", "16x32", "--portrait", "--text", "bytes", "--steps", "50", "--drop-label", ".3")
+    rows = torch.cat(seen)
+    empty = (rows[:, 2:] == 0).all(1)
+    assert rows.shape == (400, 130) and abs(empty.float().mean() - .3) < .06 and abs(rows[:, 1].float().mean() - .5) < .08
+    assert .2 < rows[empty, 1].float().mean() < .8
+
+
+@pytest.mark.parametrize("flags", ["--net unet --blocks-16 1 --res 16", "--res 32x48 --portrait --schedule interpolated --loss sid2 --skips level", "--text bytes --blocks-16 1"])
+def test_every_network_trains_resumes_and_draws(tmp_path, little, flags, monkeypatch):
+    monkeypatch.setattr(train, "REPORT_STEPS", 2)
+    flags = [*flags.split(), "--sample-every", "2", "--save-every", "1"]
+    whole = run_train(tmp_path / "whole", "--steps", "3", *flags)
+    run_train(tmp_path / "run", "--steps", "2", *flags)
+    assert_same_bits(whole["model"], run_train(tmp_path / "run", "--steps", "3", *flags)["model"])
+    common = ["--ckpt", str(tmp_path / "run/model.pt"), "--n", "3", "--steps", "3", "--schedule", "cosine"]
+    sampling.main([*common, "--out", str(tmp_path / "lying")])
+    H, W = schedule.sides(whole["config"]["res"])
+    assert Image.open(tmp_path / "lying/000000.png").size == (W, H)
+    if "--portrait" in flags:
+        sampling.main([*common, "--out", str(tmp_path / "upright"), "--portrait"])
+        stands, lies = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("upright", "lying"))
+        assert stands.shape == (3, W, H, 3) and lies.shape == (3, H, W, 3)
+        assert not np.array_equal(np.rot90(stands, 1, (1, 2)), lies)            # the network was told
+    else:
+        assert whole["config"]["blocks_16"] == 1
+
+
+def test_a_checkpoint_of_before_there_were_captions_still_loads(tmp_path, trained_run):
+    saved = checkpoint.read(trained_run / "model.pt")
+    new = "net blocks_16 skips text text_length portrait".split()
+    saved["config"] = {name: value for name, value in saved["config"].items() if name not in new}
+    torch.save(saved, tmp_path / "old.pt")
+    model, again = sampling.load_model(tmp_path / "old.pt", "cpu")
+    assert isinstance(model, uvit.UViT) and all(again["config"][name] == vars(train.Config())[name] for name in new)
+
+
 def test_training_leaves_no_graph_behind(tmp_path, little, monkeypatch):
     """The EMA is plain weights: were it part of a graph, every step would keep a little memory for ever."""
     kept = []
@@ -1736,10 +2157,20 @@ def test_changed_configuration_is_refused_with_the_difference_named(tmp_path, li
 
 
 WRONG = [       # flags of train.py, and what the one line must say: argument, value, what would be right
-    ("--res 100", "--res 100: must be a multiple of 8|--res 100: .*multiple of"), ("--res 0", "--res 0: must be at least 16"),
-    ("--res -64", "--res -64: must be at least 16"), ("--res abc", "--res abc: must be a whole number"),
-    ("--res 8x", "--res 8x: must be a whole number"), ("--res 64.5", "--res 64.5: must be a whole number"),
-    ("--res 1000000", "--res 1000000: must be at most 4096"), ("--res", "--res expected one argument"),
+    ("--res 100", "--res 100: sides must be .*multiples of 8, for example 96$"), ("--res 0", "--res 0: must be pixels"),
+    ("--res -64", "--res -64: must be pixels"), ("--res abc", "--res abc: must be pixels, like 64 or 384x640"),
+    ("--res 8x", "--res 8x: must be pixels"), ("--res 64.5", "--res 64.5: must be pixels"), ("--res 8", "--res 8: .*for example 16$"),
+    ("--res 1000000", "--res 1000000: must be pixels"), ("--res 8192", "--res 8192: .*for example 4096$"), ("--res", "--res expected one argument"),
+    ("--res 360x640", "--res 360x640: sides must be from 16 to 4096 and, at this size, multiples of 32, for example 352x640$"),
+    ("--res 384x640x3", "--res 384x640x3: must be pixels"), ("--res 4x64", "--res 4x64: .*for example 16x64$"),
+    ("--net unet --res 72", "--res 72: .*multiples of 16, for example 64$"), ("--portrait", "--portrait --res 32: the size must lie"),
+    ("--portrait --res 64x32", "--portrait --res 64x32: the size must lie, height x width, like 384x640"),
+    ("--net gan", "--net gan: must be one of uvit, unet"), ("--skips none", "--skips none: must be one of block, level"),
+    ("--net unet --text bytes", "--net unet: has no --text; --net uvit has"), ("--net unet --skips level", "--net unet: has no --skips level"),
+    ("--text words", "--text words: must be bytes, or t5:NAME"), ("--text-length 0", "--text-length 0: must be at least 1"),
+    ("--text t5:{tmp}/nowhere", "t5:.*nowhere: (cannot be read|needs the package transformers)"),
+    ("--text bytes --data {tmp}/few --batch 2", "--data .*few: no picture has a caption, a .txt beside it"),
+    ("--blocks-16 -1", "--blocks-16 -1: must be at least 0"),
     ("--reso 64", "--reso: no such argument, --res is one"), ("flowers", "flowers: no such argument, .* is one"), ("--batch 99999999", "--batch 99999999: must be at most 1000000"),
     ("--model huge", "--model huge: must be one of tiny, small, base, paper"), ("--patch haar", "--patch haar: must be one of dwt"),
     ("--schedule linear", "--schedule linear: must be one of cosine"), ("--loss l1", "--loss l1: must be one of eps"),
@@ -1869,6 +2300,24 @@ def test_sample_takes_labels_by_name_or_number(tmp_path, trained_run):
     assert np.array_equal(*(np.load(tmp_path / i / "samples.npz")["arr_0"] for i in "01"))
 
 
+def test_prompts_are_drawn_in_turns_from_the_command_line_and_from_a_file(tmp_path, little, monkeypatch):
+    run_train(tmp_path / "run", "--steps", "2", "--text", "bytes")
+    honest, told = sampling.sample, []
+    monkeypatch.setattr(sampling, "sample", lambda model, logsnr, noise, steps, label, *rest, **options:
+                        told.extend(bytes(byte - 1 for byte in row[2:].tolist() if byte).decode() for row in label)
+                        or honest(model, logsnr, noise, steps, label, *rest, **options))
+    (tmp_path / "prompts.txt").write_text("a blue flower\n\nzwölf Blätter\n", encoding="utf-8")
+    common = ["--ckpt", str(tmp_path / "run/model.pt"), "--steps", "1", "--guidance", "3", "--guidance-interval", "-3", "5"]
+    sampling.main([*common, "--prompt", "a red flower", "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "a")])
+    assert told == ["a red flower", "a blue flower", "zwölf Blätter"] and len(list((tmp_path / "a").glob("0*.png"))) == 3
+    told.clear()
+    sampling.main([*common, "--prompt", "a red flower", "blue", "--n", "5", "--out", str(tmp_path / "b")])
+    assert told == ["a red flower", "blue", "a red flower", "blue", "a red flower"]
+    told.clear()
+    sampling.main([*common[:4], "--n", "2", "--out", str(tmp_path / "c")])
+    assert told == ["", ""]
+
+
 WRONG_SAMPLES = [
     ("--label rose", "--label rose: must be one of 0 to 9, or of 3 petals, 4 petals"), ("--label 10", "--label 10: must be one of 0 to 9"),
     ("--label ²", "--label ²: must be one of 0 to 9"), ("--gamma 2", "--gamma 2.0: must be at most 1"),
@@ -1881,8 +2330,13 @@ WRONG_SAMPLES = [
     ("--ckpt {tmp}", "--ckpt .*: Is a directory"), ("--ckpt {tmp}/empty.pt", "--ckpt .*empty.pt: not a checkpoint, or cut short"),
     ("--ckpt {here}/LICENSE", "--ckpt .*LICENSE: not a checkpoint"), ("--out {tmp}/empty.pt", "--out .*empty.pt: cannot be used .*name another folder"),
     ("--out {tmp}/mine", "--out .*mine: holds other pictures .000007.png.: name another folder"),
-    ("--ckpt {tmp}/plain.pt --guidance 2", "--guidance 2.0: needs a model with classes, and .*plain.pt was trained without"),
-    ("--ckpt {tmp}/plain.pt --label 1", "--label 1: needs a model with classes, and .*plain.pt was trained without")]
+    ("--ckpt {tmp}/plain.pt --guidance 2", "--guidance 2.0: needs a model with classes or text, and .*plain.pt was trained without"),
+    ("--ckpt {tmp}/plain.pt --label 1", "--label 1: needs a model with classes, and .*plain.pt was trained without"),
+    ("--prompt rose", "--prompt: needs a model with --text, and .*model.pt was trained without"),
+    ("--portrait", "--portrait: needs a model with --portrait, and .*model.pt was trained without"),
+    ("--prompts {tmp}/nowhere.txt", "--prompts .*nowhere.txt: No such file"), ("--prompts {tmp}/empty.pt", "--prompts .*empty.pt: holds no line"),
+    ("--schedule linear", "--schedule invalid choice: 'linear'"), ("--guidance-interval 1 x", "--guidance-interval x: must be a finite number"),
+    ("--guidance-interval 1", "--guidance-interval expected 2 arguments")]
 
 
 @pytest.mark.parametrize("flags, words", WRONG_SAMPLES, ids=[flags for flags, _ in WRONG_SAMPLES])

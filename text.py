@@ -47,8 +47,9 @@ class ByteEncoder(nn.Module):
         self.token = nn.Embedding(257, width)           # row 0: the first of every sequence
         self.position = nn.Embedding(1 + length, width)
         self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(width, width // 64, 4 * width, dropout=0, activation="gelu",
-                                       batch_first=True, norm_first=True) for _ in range(depth))
+            nn.TransformerEncoderLayer(width, max(1, width // 64), 4 * width, dropout=0,
+                                       activation="gelu", batch_first=True, norm_first=True)
+            for _ in range(depth))
 
     def forward(self, tokens):
         tokens = nn.functional.pad(tokens, (1, 0))

@@ -1,7 +1,8 @@
 """Scores flowers by what is seen in the picture: no network, no download.
 
-    python benchmarks/score.py samples                            flowers of a folder, beside real ones
-    python benchmarks/score.py samples --prompts prompts.txt      and how often they are what they were to be
+    python benchmarks/score.py samples                  the flowers of a folder, beside real ones
+    python benchmarks/score.py --new prompts.txt        200 prompts for what training never shows, and
+    python benchmarks/score.py samples --prompts prompts.txt    how often pictures are what they say
 
 A flower is looked at in rings round its centre. All petals are one petal, so the spectrum of a ring
 has power only at multiples of their number k: the centre and k are those that make it so.
@@ -135,3 +136,75 @@ def score(pictures):
         found["axes"].append(axes(x, centre, petals))
         found["asymmetry"].append(asymmetry(seen, petals, radius))
     return {name: part if name == "colour" else torch.cat(part) for name, part in found.items()}
+
+
+def real(count, res, seed=5):
+    """Flowers as data.py draws them -> pictures (N, 3, H, W) in [0, 1], petals (N,), colours [N]."""
+    drawn, petals, colour = [], [], []
+    for i in range(count):
+        rng = np.random.default_rng((seed, i))
+        petals.append(3 + int(rng.integers(10)))
+        picture, caption = draw_flower(rng, petals[-1], res)
+        drawn.append(torch.from_numpy(picture).permute(2, 0, 1))
+        colour.append(caption.split()[1])
+    return torch.stack(drawn), torch.tensor(petals), colour
+
+
+def summary(found, petals=None, colour=None):
+    """-> a row: how many, right in petals and in colour (where known), medians and spread."""
+    low, mid, high = torch.quantile(found["axes"], torch.tensor([.05, .5, .95])).tolist()
+    right = "" if petals is None else f"{(found['petals'] == petals).float().mean():.1%}"
+    named = "" if colour is None else f"{np.mean([a == b for a, b in zip(found['colour'], colour)]):.1%}"
+    return (f"| {len(found['petals'])} | {right} | {named} | {found['asymmetry'].median():.3f} "
+            f"| {mid:.3f} ({low:.3f} to {high:.3f}) |")
+
+
+def asked(prompt):
+    """A prompt -> its colour and its number of petals, None where it does not say."""
+    words = re.findall(r"\w+", prompt.lower())
+    colour = next((word for word in words if word in PETALS), None)
+    number = next((NUMBERS.index(word) + 3 if word in NUMBERS else int(word) for word in words
+                   if word in NUMBERS or word.isdecimal()), None)
+    return colour, number
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Score flowers by what is seen in the picture.")
+    parser.add_argument("folder", nargs="?", help="of pictures, 000000.png and so on")
+    parser.add_argument("--prompts", help="file that says what they were to be, a line each, in turns")
+    parser.add_argument("--petals", type=int, nargs="+", help="the same, numbers of petals alone")
+    parser.add_argument("--new", metavar="FILE", help="write the 200 prompts to this file, and end")
+    args = parser.parse_args()
+    if args.new:
+        pairs = [(colour, k) for k in NUMBER for colour in PETALS if never_shown(colour, k)]
+        lines = [f"a {colour} flower with {NUMBERS[k - 3]} petals" for colour, k in pairs]
+        Path(args.new).write_text("\n".join(lines * (200 // len(lines))) + "\n")
+        sys.exit()
+    files = sorted(Path(args.folder or "samples").glob("[0-9]*.png"))
+    if not files:
+        sys.exit(f"{args.folder}: no picture there")
+    pictures = [torch.from_numpy(np.array(Image.open(file).convert("RGB"))) for file in files]
+    found = score(torch.stack(pictures).permute(0, 3, 1, 2) / 255)
+    petals = colour = None
+    if args.prompts:
+        wanted = [asked(line) for line in Path(args.prompts).read_text().splitlines() if line.strip()]
+        colour, petals = zip(*[wanted[i % len(wanted)] for i in range(len(files))])
+    elif args.petals:
+        petals = [args.petals[i % len(args.petals)] for i in range(len(files))]
+    if petals:
+        petals = torch.tensor([k or 0 for k in petals])
+    height, width = pictures[0].shape[:2]
+    x, real_petals, real_colour = real(200, f"{height}x{width}")
+    print("| | pictures | petals right | colour right | asymmetry, median | axes, median (5% to 95%) |")
+    print("|-|-|-|-|-|-|")
+    print(f"| {args.folder}", summary(found, petals, colour))
+    print("| real flowers", summary(score(x), real_petals, real_colour))
+    if args.prompts:
+        print("\nby number of petals:", ", ".join(
+            f"{k} {(found['petals'][petals == k] == k).float().mean():.0%}" for k in NUMBER if (petals == k).any()))
+        print("by colour:", ", ".join(f"{name} {np.mean([a == name for a, b in zip(found['colour'], colour) if b == name]):.0%}"
+                                      for name in PETALS if name in colour))
+
+
+if __name__ == "__main__":
+    main()
