@@ -3,6 +3,7 @@
     python benchmarks/mutants.py              schedule, wavelet, losses, samplers, network
     python benchmarks/mutants.py trainer      the trainer and the loader
     python benchmarks/mutants.py survival     what a run survives, and what is refused
+    python benchmarks/mutants.py words        captions, shapes, the U-Net, SiD2
 
 Each row is one wrong sign, factor, argument or index, and the first test that it turns red. A row that
 ends in SURVIVED is a formula no test guards; the exit code counts them.
@@ -91,10 +92,10 @@ MUTANTS = [     # file, what stands there (once), what is put in its place
     ("sample.py", "alpha_s * x_hat + sigma_s *", "alpha_s * x_hat - sigma_s *"),
     ("sample.py", "guidance * cond + (1 - guidance) * uncond", "(1 + guidance) * cond - guidance * uncond"),
     ("sample.py", "guidance * cond + (1 - guidance) * uncond", "guidance * uncond + (1 - guidance) * cond"),
-    ("sample.py", "null = torch.full_like(label, model.classes)", "null = torch.zeros_like(label)"),
+    ("sample.py", "unconditional(label, model.classes)", "unconditional(label, 0)"),
     ("sample.py", "torch.linspace(1, 0, steps + 1", "torch.linspace(1, 0, steps + 2"),
     ("sample.py", "torch.linspace(1, 0, steps + 1", "torch.linspace(0, 1, steps + 1"),
-    ("sample.py", "logsnr(t[i].expand(len(z))), logsnr(t[i + 1]", "logsnr(t[i + 1].expand(len(z))), logsnr(t[i]"),
+    ("sample.py", "logsnr_t, logsnr_s = clock[i:i + 2]", "logsnr_s, logsnr_t = clock[i:i + 2]"),
     ("sample.py", ".clamp(-1, 1)\n        if i", "\n        if i"),
     ("sample.py", "if i == steps - 1:", "if i == steps - 2:"),
     ("sample.py", 'if sampler == "ddim"', 'if sampler != "ddim"'),
@@ -105,8 +106,8 @@ MUTANTS = [     # file, what stands there (once), what is put in its place
     ("uvit.py", "h = self.norm_film(h) * (1 + scale) + shift", "h = self.norm_film(h) * scale + shift"),
     ("uvit.py", "return x + self.conv_out(", "return self.conv_out("),
     ("uvit.py", "self.linear_out(self.dropout(h * (1 + scale) + shift))", "self.linear_out(self.dropout(h * scale + shift))"),
-    ("uvit.py", "self.norm_q(q.float())", "(q.float())"),
-    ("uvit.py", "self.norm_k(k.float())", "(k.float())"),
+    ("uvit.py", "q, k = self.norm_q(q.float()).to(v.dtype), self.norm_k(k.float()).to(v.dtype)\n        h = F.scaled_dot_product_attention(q, k, v)", "h = F.scaled_dot_product_attention(q, self.norm_k(k.float()), v)"),
+    ("uvit.py", "q, k = self.norm_q(q.float()).to(v.dtype), self.norm_k(k.float()).to(v.dtype)\n        h = F.scaled_dot_product_attention(q, k, v)", "h = F.scaled_dot_product_attention(self.norm_q(q.float()), k, v)"),
     ("uvit.py", "qkv.permute(2, 0, 3, 1, 4)", "qkv.permute(2, 0, 3, 1, 4).flip(0)"),
     ("uvit.py", "h = attention(mlp(h, emb))", "h = mlp(attention(h), emb)"),
     ("uvit.py", "skips.pop()", "skips.pop(0)"),
@@ -114,10 +115,10 @@ MUTANTS = [     # file, what stands there (once), what is put in its place
     ("uvit.py", "0.01 * torch.randn", "torch.randn"),
     ("uvit.py", "nn.AvgPool2d(2)", "nn.MaxPool2d(2)"),
     ("uvit.py", "torch.logspace(0, 2, self.emb", "torch.logspace(0, 3, self.emb"),
-    ("uvit.py", "h = h + self.label(label)", "h = h + 0"),
+    ("uvit.py", "h = h + self.label(label[:, 0])", "h = h + 0"),
     ("uvit.py", "if size <= dropout_res", "if size < dropout_res"),
-    ("uvit.py", "self.project_out = zero(nn.Conv2d", "self.project_out = (nn.Conv2d"),
-    ("uvit.py", "math.ceil(math.log2(res / 128))", "math.ceil(math.log2(res / 256))"),
+    ("uvit.py", "zero(nn.Conv2d(top, channels, 3, padding=1))", "(nn.Conv2d(top, channels, 3, padding=1))"),
+    ("uvit.py", "math.ceil(math.log2(side(res) / 128))", "math.ceil(math.log2(side(res) / 256))"),
 ]
 
 TRAINER_MUTANTS = [     # and the tests that may notice, since these take longer
@@ -136,11 +137,11 @@ TRAINER_MUTANTS = [     # and the tests that may notice, since these take longer
     ("train.py", "clip_grad_norm_(model.parameters(), config.clip)", "clip_grad_norm_(model.parameters(), 1e9)", "first_step"),
     ("train.py", "(~norm.isfinite()).float()", "(~norm.isfinite()).float() * 0", "finite"),
     ("train.py", "NOT_FINITE_AT_MOST = 10 ", "NOT_FINITE_AT_MOST = 11 ", "finite"),
-    ("train.py", "torch.where(u < config.drop_label, classes, label)", "torch.where(u > config.drop_label, classes, label)", "dropped"),
+    ("train.py", "(u < config.drop_label)[:, None]", "(u > config.drop_label)[:, None]", "dropped"),
     ("train.py", "        with torch.no_grad():\n            torch._foreach", "        if True:\n            torch._foreach", "graph_behind"),
     ("data.py", "divmod(n, len(self.names))", "divmod(n + 1, len(self.names) + 1)", "epoch"),
     ("data.py", "default_rng((2, self.seed, n))", "default_rng((2, self.seed, 0))", "flip or crop"),
-    ("data.py", "crop = crop[:, ::-1]", "crop = crop[::-1]", "flip"),
+    ("data.py", "else crop[:, ::-1]", "else crop[::-1]", "flip"),
     ("data.py", "self.order[1][(place + k) % len(self.names)]", "self.order[1][(place + k) % 2]", "epoch"),
     ("sample.py", "TRAINING, SAMPLING, DROPOUT = 1, 2, 3", "TRAINING, SAMPLING, DROPOUT = 1, 1, 1", "streams"),
 ]
@@ -200,14 +201,58 @@ SURVIVAL_MUTANTS = [
     ("train.py", "wait = ddp and not config.shard and", "wait = ddp and", "sharded_ranks"),
     ("train.py", "            if ddp:                         # told to one", "            if False:                       # told to one", "sigterm_to_one_of_two"),
     ("train.py", "                dist.all_reduce(sound, dist.ReduceOp.MIN, meet)\n", "                pass\n", "one_share"),
-    ("data.py", "side = self.res * 3 // 2", "side = self.res // 2", "no_larger_than_needed"),
-    ("data.py", "side = self.res * 3 // 2", "side = self.res * 2", "no_larger_than_needed"),
+    ("data.py", "side = max(height, width) * 3 // 2", "side = max(height, width) // 2", "no_larger_than_needed"),
+    ("data.py", "side = max(height, width) * 3 // 2", "side = max(height, width) * 2", "no_larger_than_needed"),
     ("sample.py", "        model.compile(mode=\"reduce-overhead\")\n", "        pass\n", "compiled_samples"),
     ("sample.py", "if not all(drawn(i) for i in indices):", "if True:", "half_way"),
     ("sample.py", "if not all(drawn(i) for i in indices):", "if not any(drawn(i) for i in indices):", "half_way"),
     ("sample.py", "                    old.unlink(missing_ok=True)\n", "                    pass\n", "starts_over"),
     ("sample.py", "if strangers or text and differ and args.out:", "if strangers:", "half_way"),
     ("sample.py", "strangers = not text and list(", "strangers = False and list(", "wrong_call"),
+]
+
+WORDS_MUTANTS = [
+    ("text.py", "[byte + 1 for byte in", "[byte for byte in", "utf8"),
+    ("text.py", "seen = tokens > 0\n        seen[:, 0] = True", "seen = tokens > -1", "masked or empty_caption"),
+    ("text.py", "        seen[:, 0] = True\n", "", "masked or empty_caption"),
+    ("text.py", "src_key_padding_mask=~seen", "src_key_padding_mask=None", "masked"),
+    ("text.py", "self.token(tokens) + self.position.weight", "self.token(tokens)", "masked"),
+    ("text.py", "rows[:, 1:2],", "torch.zeros_like(rows[:, 1:2]),", "unconditional or way_up"),
+    ("text.py", "torch.full_like(rows[:, :1], classes)", "torch.zeros_like(rows[:, :1])", "unconditional or guidance"),
+    ("text.py", "torch.zeros_like(rows[:, 2:])], 1)", "rows[:, 2:]], 1)", "unconditional or empty_caption"),
+    ("text.py", "attention_mask=seen)", "attention_mask=None)", "t5"),
+    ("text.py", "(1, 0), value=True)", "(1, 0), value=False)", "t5"),
+    ("text.py", "pad(h, (0, 0, 1, 0))", "pad(h, (0, 0, 0, 1))", "t5"),
+    ("text.py", "tokenizer(caption, truncation=True, max_length=length).input_ids if caption else []", "tokenizer(caption, truncation=True, max_length=length).input_ids", "t5"),
+    ("uvit.py", "attn_mask=seen[:, None, None]", "attn_mask=None", "cross_attention or masked"),
+    ("uvit.py", "self.kv(self.norm_text(text))", "self.kv(text)", "cross_attention"),
+    ("uvit.py", "h = block(h, *caption)", "pass", "masked"),
+    ("uvit.py", "h = h + self.portrait(label[:, 1])", "pass", "draws"),
+    ("uvit.py", "h = unpool(h - after) + before if", "h = unpool(h) + before if", "residual_skip"),
+    ("uvit.py", "h = unpool(h - after) + before if", "h = unpool(h - after) if", "residual_skip"),
+    ("uvit.py", "torch.randn(1, w, height // step, width // step)", "torch.randn(1, w, width // step, width // step)", "384 or keep_what"),
+    ("schedule.py", "math.sqrt(math.prod(sides(res)))", "max(sides(res))", "not_square"),
+    ("loss.py", "-slope / 2 *", "-slope *", "sid2"),
+    ("loss.py", "torch.sigmoid(b - logsnr_t)", "torch.sigmoid(logsnr_t - b)", "sid2"),
+    ("loss.py", "(0, -1, -3, -4)", "(0, -1, -2, -4)", "sid2"),
+    ("loss.py", "(x.shape[-2] * x.shape[-1]) ** .5).sqrt()", "(x.shape[-2] * x.shape[-1]) ** .5)", "sid2"),
+    ("sample.py", "inside = interval[0] <= clock[i] <= interval[1]", "inside = interval[0] <= clock[i + 1] <= interval[1]", "interval"),
+    ("sample.py", "guidance if inside else 1)", "guidance)", "interval"),
+    ("sample.py", "wanted[i % len(wanted)] for i in indices", "wanted[0] for i in indices", "prompts"),
+    ("sample.py", "np.rot90(to_uint8(x), -args.portrait, (1, 2))", "to_uint8(x)", "draws"),
+    ("sample.py", "[condition(label, args.portrait) for", "[condition(label, 0) for", "draws"),
+    ("sample.py", "schedule = args.schedule or config[\"schedule\"]", "schedule = config[\"schedule\"]", "draws"),
+    ("unet.py", "if size <= 16 else nn.Identity", "if size <= 8 else nn.Identity", "unet"),
+    ("unet.py", "if size <= dropout_res else 0.0", "if size < dropout_res else 0.0", "unet"),
+    ("unet.py", "[*stages(1, True)]", "[*stages(0, True)]", "unet"),
+    ("data.py", "(list(PETALS).index(colour) + petals) % 4 == 0", "False", "never_shown"),
+    ("data.py", "crop[::-1] if upright else", "crop[:, ::-1] if upright else", "upright"),
+    ("data.py", "image.transpose(Image.Transpose.ROTATE_90)", "image.transpose(Image.Transpose.ROTATE_270)", "upright"),
+    ("data.py", "upright = self.portrait and image.height > image.width", "upright = image.height > image.width", "upright"),
+    ("data.py", "captions[rng.integers(len(captions))]", "captions[0]", "captions_are_lines"),
+    ("data.py", "np.rot90(picture, int(upright))", "np.rot90(picture, 0)", "stand_and"),
+    ("data.py", "* 2 - W)[None, :] / res", "* 2 - W)[None, :] / W", "round"),
+    ("checkpoint.py", "saved[\"config\"] = BEFORE | saved[\"config\"]", "pass", "before_there"),
 ]
 
 
@@ -220,6 +265,7 @@ def main(mutants):
         with tempfile.TemporaryDirectory() as folder:
             for source in [*HERE.glob("*.py"), HERE / "LICENSE"]:
                 shutil.copy(source, folder)
+            shutil.copytree(HERE / "benchmarks", Path(folder, "benchmarks"))
             target = Path(folder, file)
             text = target.read_text()
             assert text.count(old) == 1, f"{file}: {old!r} stands {text.count(old)} times"
@@ -234,5 +280,6 @@ def main(mutants):
 
 
 if __name__ == "__main__":
-    lists = dict(formulas=[(*mutant, TESTS) for mutant in MUTANTS], trainer=TRAINER_MUTANTS, survival=SURVIVAL_MUTANTS)
+    lists = dict(formulas=[(*mutant, TESTS) for mutant in MUTANTS], trainer=TRAINER_MUTANTS, survival=SURVIVAL_MUTANTS,
+                 words=WORDS_MUTANTS)
     sys.exit(main(lists[(sys.argv[1:] or ["formulas"])[0]]))
