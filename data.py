@@ -215,6 +215,7 @@ class Pictures:
         self.tokens, self.portrait = tokens, portrait
         self.cache, self.cached, self.zip, self.order = {}, 0, None, (None, None)
         self.broken, self.unread = {}, {}   # files, folders: {name: why}
+        self.texts = set()                  # captions: names of files
         self.is_folder = os.path.isdir(self.path)
         try:
             self.names = sorted(self.folder_names() if self.is_folder else self.zip_names())
@@ -234,7 +235,8 @@ class Pictures:
         self.classes = [] if tokens else sorted(set(first) - {None})
         number = {folder: i for i, folder in enumerate([*self.classes, None])}
         self.labels = [number.get(folder, 0) for folder in first]
-        if tokens and not any(map(self.captions, self.names)):
+        if tokens and not any(str(Path(name).with_suffix(".txt")) in self.texts
+                              for name in self.names):
             raise ValueError(f"--data {self.path}: no picture has a caption, a .txt beside it")
 
     def __getstate__(self):                 # to a worker process: open files and memory stay here
@@ -254,13 +256,17 @@ class Pictures:
             seen.add(real)
             folders[:] = sorted(f for f in folders if not f.startswith("."))
             for file in files:
+                name = Path(folder, file).relative_to(self.path).as_posix()
                 if Path(file).suffix.lower() in ENDINGS and not file.startswith("."):
-                    yield Path(folder, file).relative_to(self.path).as_posix()
+                    yield name
+                elif Path(file).suffix == ".txt":
+                    self.texts.add(name)
 
     def zip_names(self):
         if os.path.exists(self.path) and not os.path.isfile(self.path):
             raise ValueError("not a file")
         with zipfile.ZipFile(self.path) as archive:
+            self.texts = {name for name in archive.namelist() if name.endswith(".txt")}
             for name in set(archive.namelist()):
                 hidden = any(part.startswith((".", "__MACOSX")) for part in name.split("/")
                              if part not in (".", ".."))
@@ -289,10 +295,10 @@ class Pictures:
 
     def captions(self, name):
         """The lines of the .txt beside a picture, [] if there is none."""
-        try:
-            text = self.bytes(str(Path(name).with_suffix(".txt"))).decode("utf-8", "replace")
-        except (KeyError, FileNotFoundError):
+        beside = str(Path(name).with_suffix(".txt"))
+        if beside not in self.texts:
             return []
+        text = self.bytes(beside).decode("utf-8", "replace")
         return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
 
     def open(self, name):

@@ -228,7 +228,9 @@ def load_model(path, device):
         ends = logsnr_schedule(config["schedule"], config["res"], config["noise_d"])(torch.rand(2))
         assert ends.isfinite().all() and all(isinstance(name, str) for name in saved["classes"])
         assert all(p.is_floating_point() and p.isfinite().all() for p in model.parameters())
-    except Exception:
+    except Exception as error:
+        if str(error).startswith("t5:"):
+            raise
         raise ValueError(f"{path}: its weights are not those of the network it describes")
     return model.to(device, torch.float32).eval().requires_grad_(False), saved
 
@@ -326,7 +328,8 @@ def main(argv=None):
             text = (out / "settings.json").read_text()
             was = json.loads(text) if text else {}
             strangers = not text and list(out.glob("[0-9]*.png"))
-            differ = [f"--{name} {was.get(name)}, now {value}" for name, value in settings.items()
+            differ = [f"--{name.replace('_', '-')} {was.get(name)}, now {value}"
+                      for name, value in settings.items()
                       if was.get(name) != value]
             if strangers or text and differ and args.out:
                 what = strangers[0].name if strangers else differ[0]

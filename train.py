@@ -458,7 +458,8 @@ def train(config, rank, world, device, meet, at_exit):
               f"Everything goes to {out}/; its grid.png shows samples "
               f"{f'every {config.sample_every} steps' if config.sample_every else 'never'}. "
               "Stop at any time: the same command resumes.", flush=True)
-        if not config.data and config.model == "tiny" and config.res == 64:
+        if (config.data, config.model, config.res, config.text, config.net) == \
+                ("", "tiny", 64, "", "uvit"):
             print(EXPECT, flush=True)
 
     # -- loader: picture numbers of this rank, step by step, from where the run stands
