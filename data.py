@@ -235,7 +235,7 @@ class Pictures:
         self.classes = [] if tokens else sorted(set(first) - {None})
         number = {folder: i for i, folder in enumerate([*self.classes, None])}
         self.labels = [number.get(folder, 0) for folder in first]
-        if tokens and not any(str(Path(name).with_suffix(".txt")) in self.texts
+        if tokens and not any(Path(name).with_suffix(".txt").as_posix() in self.texts
                               for name in self.names):
             raise ValueError(f"--data {self.path}: no picture has a caption, a .txt beside it")
 
@@ -295,7 +295,7 @@ class Pictures:
 
     def captions(self, name):
         """The lines of the .txt beside a picture, [] if there is none."""
-        beside = str(Path(name).with_suffix(".txt"))
+        beside = Path(name).with_suffix(".txt").as_posix()
         if beside not in self.texts:
             return []
         text = self.bytes(beside).decode("utf-8", "replace")

@@ -826,7 +826,7 @@ def tiny_t5(tmp_path_factory):
     return folder
 
 
-def test_t5_has_the_same_interface_is_frozen_and_not_in_the_checkpoint(tmp_path, tiny_t5, little):
+def test_t5_has_the_same_interface_is_frozen_and_not_in_the_checkpoint(tmp_path, tiny_t5, little, capsys):
     transformers = pytest.importorskip("transformers")
     encoder, tokens = text.text_encoder(f"t5:{tiny_t5}", 12, 0), text.tokenizer(f"t5:{tiny_t5}", 12)
     assert encoder.width == 24 and tokens("a red flower") == [3, 4, 6, 1] + 8 * [0] and tokens("") == 12 * [0]
@@ -847,6 +847,10 @@ def test_t5_has_the_same_interface_is_frozen_and_not_in_the_checkpoint(tmp_path,
     sampling.main(["--ckpt", str(tmp_path / "run/model.pt"), "--prompt", "a red flower", "a blue flower", "--guidance", "2",
                    "--steps", "2", "--out", str(tmp_path / "pictures")])
     assert (tmp_path / "pictures/000001.png").exists()
+    gone = checkpoint.read(tmp_path / "run/model.pt")
+    gone["config"]["text"] = f"t5:{tmp_path}/gone"
+    torch.save(gone, tmp_path / "gone.pt")
+    assert "gone: cannot be read" in one_line(capsys, sampling.main, ["--ckpt", tmp_path / "gone.pt", "--prompt", "a"])
 
 
 def test_t5_is_imported_only_for_t5():
