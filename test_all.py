@@ -782,6 +782,7 @@ def test_empty_caption_is_the_dropped_one_and_no_caption():
     model, row = captioned()
     z, logsnr = torch.randn(2, 3, 32, 32), torch.zeros(2)
     assert torch.equal(text.unconditional(row("a red flower", "blue"), model.classes), row("", ""))
+    assert model.text(row("", "ab")[:, 2:])[1].sum(1).tolist() == [1, 3]         # the first of a sequence is always there
     empty = model(z, logsnr, row("", ""))
     assert torch.equal(model(z, logsnr), empty) and empty.isfinite().all()
     assert (model(z, logsnr, row("a red flower", "")) - empty)[0].abs().max() > 1e-4
@@ -2035,6 +2036,8 @@ def test_every_network_trains_resumes_and_draws(tmp_path, little, flags, monkeyp
     assert_same_bits(whole["model"], run_train(tmp_path / "run", "--steps", "3", *flags)["model"])
     common = ["--ckpt", str(tmp_path / "run/model.pt"), "--n", "3", "--steps", "3", "--schedule", "cosine"]
     sampling.main([*common, "--out", str(tmp_path / "lying")])
+    sampling.main([*common[:-2], "--out", str(tmp_path / "own")])
+    assert (tmp_path / "own/grid.png").read_bytes() != (tmp_path / "lying/grid.png").read_bytes()    # another schedule
     H, W = schedule.sides(whole["config"]["res"])
     assert Image.open(tmp_path / "lying/000000.png").size == (W, H)
     if "--portrait" in flags:
