@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-FORMAT = 1                  # of checkpoints and of model.pt; a file of a later one is refused
+FORMAT = 2                  # of checkpoints and of model.pt; a file of a later one is refused
 BEFORE = dict(net="uvit", blocks_16=0, skips="block", text="", text_length=128,
               portrait=False)       # what older configurations do not say
 KEYS = dict(format=int, config=dict, classes=list, step=int, ema=dict)

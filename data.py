@@ -215,7 +215,7 @@ class Pictures:
         self.tokens, self.portrait = tokens, portrait
         self.cache, self.cached, self.zip, self.order = {}, 0, None, (None, None)
         self.broken, self.unread = {}, {}   # files, folders: {name: why}
-        self.texts = set()                  # captions: names of files
+        self.texts = {}                     # captions: {name of a picture, no ending: file}
         self.is_folder = os.path.isdir(self.path)
         try:
             self.names = sorted(self.folder_names() if self.is_folder else self.zip_names())
@@ -235,8 +235,7 @@ class Pictures:
         self.classes = [] if tokens else sorted(set(first) - {None})
         number = {folder: i for i, folder in enumerate([*self.classes, None])}
         self.labels = [number.get(folder, 0) for folder in first]
-        if tokens and not any(Path(name).with_suffix(".txt").as_posix() in self.texts
-                              for name in self.names):
+        if tokens and not any(os.path.splitext(name)[0] in self.texts for name in self.names):
             raise ValueError(f"--data {self.path}: no picture has a caption, a .txt beside it")
 
     def __getstate__(self):                 # to a worker process: open files and memory stay here
@@ -259,14 +258,15 @@ class Pictures:
                 name = Path(folder, file).relative_to(self.path).as_posix()
                 if Path(file).suffix.lower() in ENDINGS and not file.startswith("."):
                     yield name
-                elif Path(file).suffix == ".txt":
-                    self.texts.add(name)
+                elif Path(file).suffix.lower() == ".txt":
+                    self.texts[os.path.splitext(name)[0]] = name
 
     def zip_names(self):
         if os.path.exists(self.path) and not os.path.isfile(self.path):
             raise ValueError("not a file")
         with zipfile.ZipFile(self.path) as archive:
-            self.texts = {name for name in archive.namelist() if name.endswith(".txt")}
+            self.texts = {os.path.splitext(name)[0]: name for name in archive.namelist()
+                          if name.lower().endswith(".txt")}
             for name in set(archive.namelist()):
                 hidden = any(part.startswith((".", "__MACOSX")) for part in name.split("/")
                              if part not in (".", ".."))
@@ -295,10 +295,11 @@ class Pictures:
 
     def captions(self, name):
         """The lines of the .txt beside a picture, [] if there is none."""
-        beside = Path(name).with_suffix(".txt").as_posix()
-        if beside not in self.texts:
+        beside = self.texts.get(os.path.splitext(name)[0])
+        try:
+            text = self.bytes(beside).decode("utf-8-sig", "replace") if beside else ""
+        except OSError:
             return []
-        text = self.bytes(beside).decode("utf-8", "replace")
         return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
 
     def open(self, name):

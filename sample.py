@@ -259,7 +259,7 @@ def main(argv=None):
 
     if args.prompts:
         try:
-            lines = Path(args.prompts).read_text("utf-8", "replace").splitlines()
+            lines = Path(args.prompts).read_text("utf-8-sig", "replace").splitlines()
         except OSError as error:
             fail(f"--prompts {args.prompts}: {error.strerror}")
         args.prompt = (args.prompt or []) + [line for line in lines if line.strip()]
@@ -269,6 +269,9 @@ def main(argv=None):
     for name, least in dict(n=1, steps=1, batch=1, seed=0, guidance=0, gamma=0).items():
         if getattr(args, name) < least:
             fail(f"--{name} {getattr(args, name)}: must be at least {least}")
+    low, high = args.guidance_interval
+    if low > high:
+        fail(f"--guidance-interval {low} {high}: the first must be the lower")
     for name, most in dict(gamma=1, n=10_000_000, steps=100_000, batch=10_000, seed=2**63).items():
         if getattr(args, name) > most:
             fail(f"--{name} {getattr(args, name)}: must be at most {most}")
@@ -326,7 +329,8 @@ def main(argv=None):
             out.mkdir(parents=True, exist_ok=True)
             held = lock(out / "settings.json")
             text = (out / "settings.json").read_text()
-            was = json.loads(text) if text else {}
+            before = dict(guidance_interval=[-99, 99], portrait=False)      # there were such flags
+            was = before | json.loads(text) if text else {}
             strangers = not text and list(out.glob("[0-9]*.png"))
             differ = [f"--{name.replace('_', '-')} {was.get(name)}, now {value}"
                       for name, value in settings.items()

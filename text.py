@@ -68,8 +68,12 @@ class T5Encoder:
     """
 
     def __init__(self, name, length):
-        self.name, self.length, self.encoder = name, length, None
-        self.width = t5(name, "AutoConfig").d_model
+        self.length, self.last = length, (None, None)
+        config = t5(name, "AutoConfig")
+        if config.model_type != "t5":
+            raise ValueError(f"t5:{name}: is no T5 but a {config.model_type}")
+        with torch.device("cpu"):           # whatever the network around it is made on
+            self.encoder, self.width = t5(name, "T5EncoderModel").eval(), config.d_model
 
     def __deepcopy__(self, memo):
         return self
@@ -77,11 +81,14 @@ class T5Encoder:
     @torch.compiler.disable
     @torch.no_grad()
     def __call__(self, tokens):
-        if self.encoder is None:                        # when it is needed, and where
-            self.encoder = t5(self.name, "T5EncoderModel").to(tokens.device).eval()
-        seen = tokens > 0                               # T5, too, fills up with 0
-        h = self.encoder(input_ids=tokens, attention_mask=seen).last_hidden_state
-        return nn.functional.pad(h, (0, 0, 1, 0)), nn.functional.pad(seen, (1, 0), value=True)
+        said, sequence = self.last
+        if said is None or not torch.equal(said, tokens):       # a sampler says it at each step
+            seen = tokens > 0                                   # T5, too, fills up with 0
+            h = self.encoder.to(tokens.device)(input_ids=tokens, attention_mask=seen)
+            sequence = (nn.functional.pad(h.last_hidden_state, (0, 0, 1, 0)),
+                        nn.functional.pad(seen, (1, 0), value=True))
+            self.last = tokens, sequence
+        return sequence
 
 
 def t5(name, kind):
@@ -91,7 +98,8 @@ def t5(name, kind):
     except ImportError as error:
         raise ValueError(f"t5:{name}: needs the package transformers ({error})")
     except Exception as error:              # whatever a missing or a damaged folder brings up
-        raise ValueError(f"t5:{name}: cannot be read ({str(error).splitlines()[0]})")
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"t5:{name}: cannot be read ({why})")
 
 
 def t5_tokens(caption, tokenizer, length):

@@ -101,6 +101,7 @@ DEFAULTS = {    # `paper` is the paper's; the others are ours, for smaller machi
     "small": dict(batch=64,   steps=50_000,  lr=4e-4, warmup=1_000),
     "base":  dict(batch=256,  steps=300_000, lr=2e-4, warmup=5_000),
     "paper": dict(batch=2048, steps=500_000, lr=1e-4, warmup=10_000),
+    "unet":  dict(batch=512,  steps=2_000_000, lr=5e-5, warmup=10_000),     # `paper` as a U-Net
 }
 MAY_CHANGE = {"data", "steps", "accum", "out", "compile", "bf16", "memory_budget", "recompute",
               "shard", "workers", "timeout", "log_every", "sample_every",
@@ -158,11 +159,14 @@ def parse_config(argv=None):
             fail(f"--{name.replace('_', '-')} {getattr(config, name)}: must be from 0 to below 1")
     if config.out and not os.path.isdir(Path(config.out).absolute().parent):
         fail(f"--out {config.out}: the folder it is to be in does not exist; make that first")
-    step = 2 ** (wavelet_levels(config.res) + unet_levels(config.res) + (config.net == "unet"))
-    near = [min(4096 // step, max(-(-16 // step), round(pixels / step))) * step
-            for pixels in (height, width)]
+    near, fits = None, [height, width]
+    while near != fits:                     # another size may need another step
+        near, size = fits, "{}x{}".format(*fits)
+        step = 2 ** (wavelet_levels(size) + unet_levels(size) + (config.net == "unet"))
+        fits = [min(4096 // step, max(-(-16 // step), round(pixels / step))) * step
+                for pixels in near]
     if [height, width] != near:
-        near = f"{near[0]}x{near[1]}" if height != width else near[0]
+        near = f"{near[0]}x{near[1]}" if near[0] != near[1] else near[0]
         fail(f"--res {config.res}: sides must be from 16 to 4096 and, at this size, multiples of "
              f"{step}, for example {near}")
     if config.portrait and height >= width:
@@ -171,7 +175,8 @@ def parse_config(argv=None):
         fail(f"--net unet: has no {'--text' if config.text else '--skips level'}; --net uvit has")
     if config.text and config.text != "bytes" and not config.text.startswith("t5:"):
         fail(f"--text {config.text}: must be bytes, or t5:NAME")
-    for name, value in DEFAULTS[config.model].items():
+    row = config.net if config.model == "paper" and config.net == "unet" else config.model
+    for name, value in DEFAULTS[row].items():
         setattr(config, name, getattr(config, name) or value)
     large = side(config.res) >= 512 and config.loss != "sid2"
     config.multiscale = config.multiscale or ("on" if large else "off")
@@ -458,8 +463,8 @@ def train(config, rank, world, device, meet, at_exit):
               f"Everything goes to {out}/; its grid.png shows samples "
               f"{f'every {config.sample_every} steps' if config.sample_every else 'never'}. "
               "Stop at any time: the same command resumes.", flush=True)
-        if (config.data, config.model, config.res, config.text, config.net) == \
-                ("", "tiny", 64, "", "uvit"):
+        if (config.data, config.model, config.res, config.text, config.net, config.loss) == \
+                ("", "tiny", 64, "", "uvit", "eps"):
             print(EXPECT, flush=True)
 
     # -- loader: picture numbers of this rank, step by step, from where the run stands

@@ -31,7 +31,7 @@ class MapAttention(AttentionBlock):
 class UNet(nn.Module):
     """U-Net: z (B, 3, H, W), logsnr (B,), label or None -> v_hat, z's shape.
 
-    channels: width of the first level is this times the first of UNETS; blocks_16: ResBlocks on the
+    channels: width of a level is this times its number in UNETS; blocks_16: ResBlocks on the
     way down at 16 x 16, the one dial of its size (12 in the paper); the others: see UViT.
     """
 

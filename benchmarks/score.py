@@ -10,7 +10,7 @@ has power only at multiples of their number k: the centre and k are those that m
     petals      k, 3 to 12
     colour      of the outer part of the petals, by name (data.py: PETALS)
     axes        height over width at which the flower is most symmetric; 1 is round
-    asymmetry   turned by 2 pi / k, how much changes, over what varies round the centre: 0 to 1.4
+    asymmetry   turned by 2 pi / k, how much changes, over what varies round the centre: 0 to 2
 """
 import argparse
 import math
@@ -153,8 +153,9 @@ def real(count, res, seed=5):
 def summary(found, petals=None, colour=None):
     """-> a row: how many, right in petals and in colour (where known), medians and spread."""
     low, mid, high = torch.quantile(found["axes"], torch.tensor([.05, .5, .95])).tolist()
-    right = "" if petals is None else f"{(found['petals'] == petals).float().mean():.1%}"
-    named = "" if colour is None else f"{np.mean([a == b for a, b in zip(found['colour'], colour)]):.1%}"
+    share = lambda right: f"{np.mean(right):.1%}" if right else ""
+    right = share([a == b for a, b in zip(found["petals"].tolist(), petals or []) if b])
+    named = share([a == b for a, b in zip(found["colour"], colour or []) if b])
     return (f"| {len(found['petals'])} | {right} | {named} | {found['asymmetry'].median():.3f} "
             f"| {mid:.3f} ({low:.3f} to {high:.3f}) |")
 
@@ -192,16 +193,16 @@ def main():
     elif args.petals:
         petals = [args.petals[i % len(args.petals)] for i in range(len(files))]
     if petals:
-        petals = torch.tensor([k or 0 for k in petals])
+        known = torch.tensor([k or 0 for k in petals])
     height, width = pictures[0].shape[:2]
     x, real_petals, real_colour = real(200, f"{height}x{width}")
     print("| | pictures | petals right | colour right | asymmetry, median | axes, median (5% to 95%) |")
     print("|-|-|-|-|-|-|")
     print(f"| {args.folder}", summary(found, petals, colour))
-    print("| real flowers", summary(score(x), real_petals, real_colour))
+    print("| real flowers", summary(score(x), real_petals.tolist(), real_colour))
     if args.prompts:
         print("\nby number of petals:", ", ".join(
-            f"{k} {(found['petals'][petals == k] == k).float().mean():.0%}" for k in NUMBER if (petals == k).any()))
+            f"{k} {(found['petals'][known == k] == k).float().mean():.0%}" for k in NUMBER if (known == k).any()))
         print("by colour:", ", ".join(f"{name} {np.mean([a == name for a, b in zip(found['colour'], colour) if b == name]):.0%}"
                                       for name in PETALS if name in colour))
 
