@@ -1267,7 +1267,7 @@ def test_damaged_pictures_by_the_hundred_are_read_or_named(tmp_path):
             raw[rng.integers(len(raw))] ^= 1 << rng.integers(8)
         (tmp_path / "bad" / f"{i}{name}").write_bytes(raw)
     dataset = data.Pictures(tmp_path / "bad", 16)
-    shapes = [dataset.picture(i)[0] is not None and min(dataset.picture(i)[0].shape[:2]) == 16 for i in range(400)]
+    shapes = [dataset.picture(i)[0] is not None and min(dataset.picture(i)[0][0].shape[:2]) == 16 for i in range(400)]
     assert 50 < len(dataset.broken) < 350 and shapes.count(True) == 400 - len(dataset.broken)
     assert all("\n" not in why and len(why) <= 200 for why in dataset.broken.values())
 

@@ -159,16 +159,17 @@ def parse_config(argv=None):
             fail(f"--{name.replace('_', '-')} {getattr(config, name)}: must be from 0 to below 1")
     if config.out and not os.path.isdir(Path(config.out).absolute().parent):
         fail(f"--out {config.out}: the folder it is to be in does not exist; make that first")
-    near, fits = None, [height, width]
+    near, fits, steps = None, [height, width], []
     while near != fits:                     # another size may need another step
         near, size = fits, "{}x{}".format(*fits)
         step = 2 ** (wavelet_levels(size) + unet_levels(size) + (config.net == "unet"))
+        steps.append(step)
         fits = [min(4096 // step, max(-(-16 // step), round(pixels / step))) * step
                 for pixels in near]
     if [height, width] != near:
         near = f"{near[0]}x{near[1]}" if near[0] != near[1] else near[0]
         fail(f"--res {config.res}: sides must be from 16 to 4096 and, at this size, multiples of "
-             f"{step}, for example {near}")
+             f"{steps[0]}, for example {near}")
     if config.portrait and height >= width:
         fail(f"--portrait --res {config.res}: the size must lie, height x width, like 384x640")
     if config.net == "unet" and (config.text or config.skips == "level"):
