@@ -788,6 +788,23 @@ def test_empty_caption_is_the_dropped_one_and_no_caption():
     assert (model(z, logsnr, row("a red flower", "")) - empty)[0].abs().max() > 1e-4
 
 
+@torch.no_grad()
+def test_what_a_caption_says_on_the_whole_is_the_mean_of_what_is_seen_and_joins_the_clock():
+    torch.manual_seed(0)
+    embedding = random_weights(uvit.Embedding(16, 0, text=6)).float()
+    (norm, linear), words = embedding.text, torch.randn(2, 3, 6)
+    seen = torch.tensor([[True, True, False], [True, True, True]])
+    given, clock = [], []
+    embedding.linear_out.register_forward_hook(lambda m, args, out: clock.append(out))
+    embedding.text.register_forward_hook(lambda m, args, out: given.append((args[0], out)))
+    out = embedding(torch.tensor([-1., 2.]), torch.zeros(2, 2), words, seen)
+    means = torch.stack([(words[0, 0] + words[0, 1]) / 2, words[1].mean(0)])
+    torch.testing.assert_close(given[0][0], means)
+    centred = (means - means.mean(1, keepdim=True)) / (means.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+    torch.testing.assert_close(given[0][1], (centred * norm.weight + norm.bias) @ linear.weight.T + linear.bias)
+    torch.testing.assert_close(out, F.silu(clock[0] + given[0][1]))
+
+
 def test_caption_is_utf8_bytes_plus_1_cut_or_filled_with_0():
     assert text.tokenizer("bytes", 6)("aé") == [98, 196, 170, 0, 0, 0]
     assert text.tokenizer("bytes", 2)("abc") == [98, 99] and text.tokenizer("bytes", 3)("") == [0, 0, 0]

@@ -135,16 +135,19 @@ class CrossAttentionBlock(nn.Module):
 
 
 class Embedding(nn.Module):
-    """The clock, the class, the way up: logsnr (B,), label (B, 2 + L) or None -> (B, emb)."""
+    """The clock, the class, the way up, what the caption says on the whole: logsnr (B,), label
+    (B, 2 + L) and, with a caption, text (B, L, T), seen (B, L) -> (B, emb).
+    """
 
-    def __init__(self, emb, classes, portrait=False):
+    def __init__(self, emb, classes, portrait=False, text=0):
         super().__init__()
         self.emb, self.classes = emb, classes
         self.linear_in, self.linear_out = nn.Linear(2 * (emb // 2), emb), nn.Linear(emb, emb)
         self.label = nn.Embedding(classes + 1, emb) if classes else None    # the last row: no class
         self.portrait = nn.Embedding(2, emb) if portrait else None
+        self.text = nn.Sequential(nn.LayerNorm(text), nn.Linear(text, emb)) if text else None
 
-    def forward(self, logsnr, label):
+    def forward(self, logsnr, label, text=None, seen=None):
         # Sinusoids over logsnr with periods from 1 to 100: the schedule spans 30.
         periods = torch.logspace(0, 2, self.emb // 2, device=logsnr.device)
         angle = 2 * math.pi * logsnr[:, None] / periods
@@ -153,6 +156,8 @@ class Embedding(nn.Module):
             h = h + self.label(label[:, 0])
         if self.portrait is not None:
             h = h + self.portrait(label[:, 1])
+        if self.text is not None:
+            h = h + self.text((text * seen[..., None]).sum(1) / seen.sum(1, keepdim=True))
         return F.silu(h)
 
 
@@ -206,7 +211,7 @@ class UViT(nn.Module):
         drops = [dropout if size <= dropout_res else 0.0 for size in maps]
 
         self.project_in, self.project_out = ends(patch, levels, widths[0])
-        self.embedding = Embedding(emb, classes, portrait)
+        self.embedding = Embedding(emb, classes, portrait, text.width if text else 0)
         self.down, self.pool, self.up, self.unpool = (nn.ModuleList() for _ in range(4))
         for w, below, n, drop in zip(widths, widths[1:], blocks, drops):
             down, up = ([ResBlock(w, emb, drop, skip) for _ in range(n)]
@@ -226,8 +231,8 @@ class UViT(nn.Module):
 
     def forward(self, z, logsnr, label=None):
         label = rows(label, z, self.classes, self.text.length if self.text else 0)
-        emb, skips, pooled = self.embedding(logsnr, label), [], []      # (B, emb)
         caption = self.text(label[:, 2:]) if self.text else ()          # (B, L, T), (B, L)
+        emb, skips, pooled = self.embedding(logsnr, label, *caption), [], []        # (B, emb)
         h = self.project_in(dwt(z, self.levels))            # (B, widths[0], top, top)
         for blocks, pool in zip(self.down, self.pool):
             for block in blocks:

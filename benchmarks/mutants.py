@@ -227,6 +227,8 @@ WORDS_MUTANTS = [
     ("uvit.py", "attn_mask=seen[:, None, None]", "attn_mask=None", "cross_attention or masked"),
     ("uvit.py", "self.kv(self.norm_text(text))", "self.kv(text)", "cross_attention"),
     ("uvit.py", "h = block(h, *caption)", "pass", "masked"),
+    ("uvit.py", "(text * seen[..., None]).sum(1)", "text.sum(1)", "on_the_whole"),
+    ("uvit.py", "/ seen.sum(1, keepdim=True))", "/ seen.shape[1])", "on_the_whole"),
     ("uvit.py", "h = h + self.portrait(label[:, 1])", "pass", "draws"),
     ("uvit.py", "h = unpool(h - after) + before if", "h = unpool(h) + before if", "residual_skip"),
     ("uvit.py", "h = unpool(h - after) + before if", "h = unpool(h - after) if", "residual_skip"),
