@@ -709,6 +709,17 @@ def test_bottom_is_mlp_then_attention_with_positions_of_deviation_0_01():
     assert model.position.shape == (1, 64, 16, 16) and abs(model.position.std() / .01 - 1) < .05
 
 
+@pytest.mark.parametrize("res, H, W", [(64, 16, 16), ("32x48", 8, 12)])
+def test_positions_may_start_as_waves_of_periods_from_2_tokens_to_twice_the_side(res, H, W):
+    position = small_uvit(res, start="waves").position[0].detach().numpy()
+    periods = np.geomspace(2, 2 * max(H, W), 16)
+    for i in range(16):
+        for y, x in [(0, 0), (1, 3), (H - 1, W - 2)]:
+            expected = [f(2 * math.pi * at / periods[i]) / 2 for at in (y, x) for f in (math.sin, math.cos)]
+            np.testing.assert_allclose(position[i::16, y, x], expected, atol=1e-4)
+    assert [name for name, row in uvit.PRESETS.items() if row["start"] == "waves"] == ["tiny"]
+
+
 def test_down_is_average_pool_and_up_is_nearest():
     model = small_uvit()
     pool, unpool = model.pool[0], model.unpool[0]

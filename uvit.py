@@ -18,14 +18,16 @@ from schedule import side, sides
 from wavelet import dwt, idwt
 
 # Widths and ResBlocks are those of the levels 128, 64, 32 and the transformer's 16 x 16; a smaller
-# picture starts further down the row. `head` is the width of one head (README, "Our choices").
+# picture starts further down the row. `head` is the width of one head, `start` what positions are
+# before they are learned (README, "Our choices").
 PRESETS = {
-    name: dict(widths=widths, blocks=blocks, depth=depth, head=head, emb=emb, dropout=dropout)
-    for name,     widths,                blocks,    depth, head,  emb, dropout in (
-        ("tiny",  (16, 16, 48, 128),     (1, 1, 1),     4,   64,  256,     0.0),
-        ("small", (64, 96, 192, 512),    (2, 2, 2),     8,   64,  512,     0.1),
-        ("base",  (128, 192, 384, 1024), (2, 2, 2),    16,   64, 1024,     0.1),
-        ("paper", (128, 256, 512, 2048), (2, 2, 2),    36,  128, 1024,     0.2))}
+    name: dict(widths=widths, blocks=blocks, depth=depth, head=head, emb=emb, dropout=dropout,
+               start=start)
+    for name,     widths,                blocks,    depth, head,  emb, dropout, start in (
+        ("tiny",  (16, 16, 48, 128),     (1, 1, 1),     4,   64,  256,     0.0, "waves"),
+        ("small", (64, 96, 192, 512),    (2, 2, 2),     8,   64,  512,     0.1, "noise"),
+        ("base",  (128, 192, 384, 1024), (2, 2, 2),    16,   64, 1024,     0.1, "noise"),
+        ("paper", (128, 256, 512, 2048), (2, 2, 2),    36,  128, 1024,     0.2, "noise"))}
 
 
 def wavelet_levels(res):
@@ -170,6 +172,16 @@ def ends(patch, levels, top):
     return nn.Conv2d(channels, top, 3, padding=1), zero(nn.Conv2d(top, channels, 3, padding=1))
 
 
+def waves(width, H, W):
+    """Positions to start from, (1, width, H, W): sines and cosines over y, then over x, of periods
+    from 2 tokens to twice the longer side.
+    """
+    turn = math.pi * torch.logspace(0, -math.log2(max(H, W)), width // 4, base=2)   # per token
+    y, x = (turn[:, None] * torch.arange(count) for count in (H, W))
+    y, x = (torch.cat([angle.sin(), angle.cos()]) for angle in (y, x))
+    return torch.cat([y[:, :, None].expand(-1, H, W), x[:, None].expand(-1, H, W)])[None]
+
+
 def rows(label, z, classes, length):
     """label as a network may be given it: None, (B,) or (B, 2 + length) -> (B, 2 + length)."""
     if label is None:
@@ -187,12 +199,13 @@ class UViT(nn.Module):
     patch: "dwt", "conv" (strided and transposed convolution) or "none" (full-size top level);
     dropout_res: dropout acts in the transformer, and in ResBlocks on maps of at most this side;
     portrait: told which pictures stand upright;  text: None or an encoder of text.py;
+    start: of the learned positions, "noise" of deviation 0.01 (Appendix B) or "waves";
     residual: one skip a level, of SiD2 (not in the first paper), in place of one a block.
     label: (B,) classes, or (B, 2 + L): class, upright (0 or 1), the L tokens of a caption.
     """
 
     def __init__(self, res, widths, blocks, depth, head, emb, dropout=0.0, classes=0, patch="dwt",
-                 dropout_res=16, portrait=False, text=None, residual=False):
+                 dropout_res=16, portrait=False, text=None, residual=False, start="noise"):
         super().__init__()
         self.classes, self.text, self.residual = classes, text, residual
         levels, halvings = wavelet_levels(res), unet_levels(res)
@@ -222,7 +235,9 @@ class UViT(nn.Module):
             self.unpool.insert(0, unpool)
             self.up.insert(0, nn.ModuleList(up))
         w = widths[-1]
-        self.position = nn.Parameter(0.01 * torch.randn(1, w, height // step, width // step))
+        grid = w, height // step, width // step
+        self.position = nn.Parameter(
+            waves(*grid) / 2 if start == "waves" else 0.01 * torch.randn(1, *grid))
         self.transformer = nn.ModuleList(
             nn.ModuleList([MLPBlock(w, emb, dropout), AttentionBlock(w, head)]
                           + ([CrossAttentionBlock(w, head, text.width)] if text else []))
