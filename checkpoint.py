@@ -7,6 +7,7 @@ after its checksums, and never runs what it holds.
 import json
 import os
 import pickle
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -81,6 +82,14 @@ def read(path):
     return saved
 
 
+def release(path, out):
+    """model.pt -> the same in bfloat16, half as large, with no word of where it was made."""
+    saved = read(path)
+    saved["ema"] = {name: weights.bfloat16() for name, weights in saved["ema"].items()}
+    saved["config"] = saved["config"] | dict(data="", out="")
+    write(out, lambda file: torch.save(saved, file))
+
+
 def lock(path, patience=60):
     """Open `path` to append, for this process alone until it ends -> file, unbuffered.
 
@@ -128,3 +137,7 @@ def trim(file, step):
             break
         end += len(line)
     file.truncate(end)
+
+
+if __name__ == "__main__":                  # python checkpoint.py runs/NAME/model.pt OUT
+    release(*sys.argv[1:])

@@ -2093,6 +2093,37 @@ def test_a_checkpoint_of_before_there_were_captions_still_loads(tmp_path, traine
     assert isinstance(model, uvit.UViT) and all(again["config"][name] == vars(train.Config())[name] for name in new)
 
 
+def test_a_release_is_half_as_large_draws_the_same_and_names_no_folder(tmp_path, trained_run):
+    checkpoint.release(trained_run / "model.pt", tmp_path / "small.pt")
+    (model, whole), (small, saved) = (sampling.load_model(path, "cpu") for path in (trained_run / "model.pt", tmp_path / "small.pt"))
+    assert saved["config"] == whole["config"] | dict(data="", out="") and whole["config"]["out"] and saved["classes"] == whole["classes"]
+    assert (tmp_path / "small.pt").stat().st_size < .55 * (trained_run / "model.pt").stat().st_size
+    for name, weights in model.state_dict().items():
+        torch.testing.assert_close(small.state_dict()[name], weights, rtol=2**-8, atol=0)
+
+
+@torch.no_grad()
+def test_released_words_know_colour_and_number():
+    """assets/words.pt on 40 flowers it has not seen: the right caption helps, and so does its number alone."""
+    path = HERE / "assets" / "words.pt"
+    assert path.stat().st_size < 16e6
+    model, saved = sampling.load_model(path, "cpu")
+    assert {weights.dtype for weights in saved["ema"].values()} == {torch.bfloat16} and saved["config"]["out"] == ""
+    tokens, pictures, told = text.tokenizer("bytes", saved["config"]["text_length"]), [], {"right": [], "number": [], "colour": []}
+    for i in range(40):
+        picture, caption = data.draw_flower(np.random.default_rng((12345, i)), 3 + i % 10, saved["config"]["res"])
+        pictures.append(torch.from_numpy(picture).permute(2, 0, 1) * 2 - 1)
+        colour, names = caption.split()[1], list(data.PETALS)
+        other = names[(names.index(colour) + 3) % len(names)]
+        for kind, c, k in ("right", colour, i % 10), ("number", colour, (i + 4) % 10), ("colour", other, i % 10):
+            told[kind].append(text.condition(0, 0, tokens(f"a {c} flower with {data.NUMBERS[k]} petals")))
+    x, logsnr = torch.stack(pictures).float(), torch.full((40,), -1.)
+    eps, (alpha, sigma) = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)), schedule.alpha_sigma(logsnr)
+    z = alpha * x + sigma * eps
+    error = {kind: (losses.x_from_v(z, model(z, logsnr, torch.stack(rows)), alpha, sigma) - x).square().mean() for kind, rows in told.items()}
+    assert error["right"] < .03 and error["number"] > 1.1 * error["right"] and error["colour"] > 1.1 * error["right"], error
+
+
 def test_training_leaves_no_graph_behind(tmp_path, little, monkeypatch):
     """The EMA is plain weights: were it part of a graph, every step would keep a little memory for ever."""
     kept = []
