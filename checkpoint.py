@@ -83,8 +83,11 @@ def read(path):
 
 
 def release(path, out):
-    """model.pt -> the same in bfloat16, half as large, with no word of where it was made."""
+    """model.pt or a checkpoint -> a model.pt in bfloat16, half as large, with no word of where it
+    was made. Raises ValueError and OSError, as read and write do.
+    """
     saved = read(path)
+    saved = {key: saved[key] for key in KEYS}
     saved["ema"] = {name: weights.bfloat16() for name, weights in saved["ema"].items()}
     saved["config"] = saved["config"] | dict(data="", out="")
     write(out, lambda file: torch.save(saved, file))
@@ -140,4 +143,9 @@ def trim(file, step):
 
 
 if __name__ == "__main__":                  # python checkpoint.py runs/NAME/model.pt OUT
-    release(*sys.argv[1:])
+    try:
+        _, model, out = sys.argv
+        release(model, out)
+    except (ValueError, OSError) as error:
+        print(error if len(sys.argv) == 3 else "usage: checkpoint.py MODEL OUT", file=sys.stderr)
+        sys.exit(2)

@@ -2093,13 +2093,21 @@ def test_a_checkpoint_of_before_there_were_captions_still_loads(tmp_path, traine
     assert isinstance(model, uvit.UViT) and all(again["config"][name] == vars(train.Config())[name] for name in new)
 
 
-def test_a_release_is_half_as_large_draws_the_same_and_names_no_folder(tmp_path, trained_run):
+def test_a_release_is_half_as_large_holds_the_same_weights_and_names_no_folder(tmp_path, trained_run):
     checkpoint.release(trained_run / "model.pt", tmp_path / "small.pt")
     (model, whole), (small, saved) = (sampling.load_model(path, "cpu") for path in (trained_run / "model.pt", tmp_path / "small.pt"))
     assert saved["config"] == whole["config"] | dict(data="", out="") and whole["config"]["out"] and saved["classes"] == whole["classes"]
     assert (tmp_path / "small.pt").stat().st_size < .55 * (trained_run / "model.pt").stat().st_size
     for name, weights in model.state_dict().items():
         torch.testing.assert_close(small.state_dict()[name], weights, rtol=2**-8, atol=0)
+    checkpoint.release(max(trained_run.glob("ckpt-*.pt")), tmp_path / "from.pt")             # without the optimizer
+    assert set(torch.load(tmp_path / "from.pt", weights_only=True)) == set(checkpoint.KEYS)
+
+
+@pytest.mark.parametrize("arguments, words", [([], "usage"), (["gone.pt", "out.pt"], "No such file"), ([__file__, "out.pt"], "not a checkpoint")])
+def test_wrong_release_is_one_line_and_exit_code_2(tmp_path, arguments, words):
+    done = subprocess.run([sys.executable, HERE / "checkpoint.py", *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 @torch.no_grad()
