@@ -84,7 +84,7 @@ def read(path):
 
 def release(path, out):
     """model.pt or a checkpoint -> a model.pt in bfloat16, half as large, with no word of where it
-    was made. Raises ValueError and OSError, as read and write do.
+    was made, but for the name of its T5. Raises ValueError and OSError, as read and write do.
     """
     saved = read(path)
     saved = {key: saved[key] for key in KEYS}

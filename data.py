@@ -235,7 +235,8 @@ class Pictures:
         self.classes = [] if tokens else sorted(set(first) - {None})
         number = {folder: i for i, folder in enumerate([*self.classes, None])}
         self.labels = [number.get(folder, 0) for folder in first]
-        if tokens and not any(os.path.splitext(name)[0] in self.texts for name in self.names):
+        self.captioned = sum(os.path.splitext(name)[0] in self.texts for name in self.names)
+        if tokens and not self.captioned:
             raise ValueError(f"--data {self.path}: no picture has a caption, a .txt beside it")
 
     def __getstate__(self):                 # to a worker process: open files and memory stay here
@@ -294,12 +295,12 @@ class Pictures:
             return file.read(size)
 
     def captions(self, name):
-        """The lines of the .txt beside a picture, [] if there is none."""
+        """The lines of the .txt beside a picture, [] if there is none. Raises ValueError if unfit."""
         beside = self.texts.get(os.path.splitext(name)[0])
         try:
             text = self.bytes(beside).decode("utf-8-sig", "replace") if beside else ""
-        except OSError:
-            return []
+        except Exception as error:          # as a picture's: whatever the disk raises
+            raise ValueError(f"its caption {beside}: {reason(error)}")
         return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
 
     def open(self, name):

@@ -327,10 +327,12 @@ def test_sid2_weight_is_minus_half_the_slope_of_logsnr_times_sigmoid_of_b_minus_
 
 
 @pytest.mark.parametrize("multiscale", [False, True])
-def test_sid2_loss_weighs_the_error_of_eps_which_is_its_weight_of_the_error_of_x(multiscale):
+@pytest.mark.parametrize("size, b", [((64, 64), 0), ((128, 512), -1)])
+def test_sid2_loss_weighs_the_error_of_eps_which_is_its_weight_of_the_error_of_x(multiscale, size, b):
     torch.manual_seed(0)
-    x, eps, v_hat = (torch.randn(3, 3, 64, 64, dtype=torch.float64) for _ in range(3))
-    t, logsnr = torch.tensor([.1, .4, .8], dtype=torch.float64), schedule.logsnr_schedule("shifted", 64)
+    x, eps, v_hat = (torch.randn(3, 3, *size, dtype=torch.float64) for _ in range(3))
+    t, d = torch.tensor([.1, .4, .8], dtype=torch.float64), math.prod(size) ** .5
+    logsnr = schedule.logsnr_schedule("shifted", "{}x{}".format(*size))
     ours = losses.diffusion_loss(lambda *args: v_hat, x, t, eps, logsnr, kind="sid2", multiscale=multiscale)
     by_hand, h = [], 1e-6
     for i in range(3):
@@ -339,10 +341,10 @@ def test_sid2_loss_weighs_the_error_of_eps_which_is_its_weight_of_the_error_of_x
         alpha, sigma = torch.sigmoid(l).sqrt(), torch.sigmoid(-l).sqrt()
         z = alpha * x[i] + sigma * eps[i]
         eps_hat, x_hat = sigma * z + alpha * v_hat[i].float(), alpha * z - sigma * v_hat[i].float()
-        scales = [(lambda e, s=s: F.avg_pool2d(e[None], 64 // s).square().mean() / s) for s in (32, 64)] if multiscale \
+        scales = [(lambda e, s=s: F.avg_pool2d(e[None], int(d) // s).square().mean() / s) for s in (32, 64, 128, 256) if s <= d] if multiscale \
             else [lambda e: e.square().mean()]
-        by_eps = sum(-slope / 2 * torch.sigmoid(-l) * scale(eps[i] - eps_hat) for scale in scales)
-        by_x = sum(-slope / 2 * torch.sigmoid(l) * scale(x[i] - x_hat) for scale in scales)   # exp(b) sigmoid(logsnr - b), b = 0
+        by_eps = sum(-slope / 2 * torch.sigmoid(b - l) * scale(eps[i] - eps_hat) for scale in scales)
+        by_x = sum(-slope / 2 * math.exp(b) * torch.sigmoid(l - b) * scale(x[i] - x_hat) for scale in scales)
         assert torch.allclose(by_eps, by_x, rtol=1e-6)
         by_hand.append(by_eps)
     assert torch.allclose(ours, sum(by_hand) / 3, rtol=1e-5)
@@ -851,7 +853,7 @@ def tiny_t5(tmp_path_factory):
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="<pad>", eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
     torch.manual_seed(0)
     config = transformers.T5Config(vocab_size=len(words), d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3)
-    transformers.T5EncoderModel(config).save_pretrained(folder)
+    transformers.T5EncoderModel(config).bfloat16().save_pretrained(folder)      # as large ones are, to save room
     return folder
 
 
@@ -864,7 +866,7 @@ def test_t5_has_the_same_interface_is_frozen_and_not_in_the_checkpoint(tmp_path,
     h, seen = encoder(rows)
     whole = transformers.T5EncoderModel.from_pretrained(tiny_t5).eval()(input_ids=rows[:1, :4]).last_hidden_state
     assert h.shape == (2, 13, 24) and seen.tolist() == [5 * [True] + 8 * [False], [True] + 12 * [False]]
-    assert torch.allclose(h[0, 1:5], whole[0], atol=1e-5) and not h.requires_grad
+    assert h.dtype == torch.float32 and torch.allclose(h[0, 1:5], whole[0].float(), atol=1e-2) and not h.requires_grad
     made, honest = [], train.network
     monkeypatch.setattr(train, "network", lambda *args: made.append(honest(*args)) or made[0])
     saved = run_train(tmp_path / "run", "--steps", "3", "--text", f"t5:{tiny_t5}", "--text-length", "12", "--save-every", "2")
@@ -993,15 +995,87 @@ def test_unet_has_attention_at_16_and_8_and_dropout_from_16_down_and_a_dial():
     assert unet.UNet(64, 16, 16, 32).up[1].__len__() == 13                       # the paper's 12 + 13
 
 
+def small_unet(res=32, **options):
+    torch.manual_seed(0)
+    return unet.UNet(res, 4, 16, 32, **(dict(classes=10, blocks_16=1, dropout=0.0) | options))
+
+
 @pytest.mark.parametrize("patch", ["dwt", "conv", "none"])
 def test_unet_gives_every_weight_a_gradient_and_starts_at_zero(patch):
-    torch.manual_seed(0)
-    model, size = unet.UNet("320x384", 8, 16, 16, classes=10, patch=patch, blocks_16=1), (1, 3, 320, 384)
+    model, size = small_unet("320x384", patch=patch, portrait=True), (1, 3, 320, 384)
     assert model(torch.randn(size), torch.zeros(1), torch.tensor([3])).abs().max() == 0
     random_weights(model).float()
-    model(torch.randn(size), torch.zeros(1), torch.tensor([3])).square().mean().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    model(torch.randn(size), torch.zeros(1), torch.tensor([[3, 1]])).square().mean().backward()
+    assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in model.parameters())
     assert model.levels == (2 if patch == "dwt" else 0) and len(model.down) == (7 if patch == "none" else 5)
+
+
+@torch.no_grad()
+def test_attention_of_the_unet_is_that_of_the_uvit_among_the_pixels_of_a_map():
+    torch.manual_seed(0)
+    block, x = random_weights(unet.MapAttention(8, 4)).float(), torch.randn(2, 8, 3, 5)
+    tokens = torch.stack([x[:, :, i // 5, i % 5] for i in range(15)], 1)
+    out, by_hand = block(x), uvit.AttentionBlock.forward(block, tokens)
+    assert out.shape == x.shape and all(torch.allclose(out[:, :, i // 5, i % 5], by_hand[:, i], atol=1e-6) for i in range(15))
+
+
+@torch.no_grad()
+def test_unet_hears_clock_class_and_way_up():
+    model = random_weights(small_unet(portrait=True)).float()
+    z, logsnr, label = torch.randn(2, 3, 32, 32), torch.zeros(2), torch.tensor([[1, 0], [2, 1]])
+    out = model(z, logsnr, label)
+    changed = lambda other: (other - out).abs().amax((1, 2, 3)) > 1e-4
+    assert changed(model(z, logsnr + 1, label)).all()
+    assert changed(model(z, logsnr, label + torch.tensor([1, 0]))).all() and changed(model(z, logsnr, label * torch.tensor([1, 0]))).tolist() == [False, True]
+    assert torch.equal(model(z, logsnr), model(z, logsnr, torch.full((2,), model.classes)))
+
+
+@torch.no_grad()
+def test_each_skip_of_the_unet_is_popped_in_reverse_and_changes_the_output():
+    model, given, taken = random_weights(small_unet()).float(), [], []
+    for pool, level in zip(model.pool, model.down):
+        for made in [pool, *(attention for _, attention in level)]:
+            made.register_forward_hook(lambda module, args, out: given.append(out))
+    blocks = [block for level in model.up for block, _ in level]
+    hooks = [block.norm_skip.register_forward_pre_hook(lambda module, args: taken.append(args[0])) for block in blocks]
+    z = torch.randn(1, 3, 32, 32)
+    out = model(z, torch.zeros(1))
+    assert len(given) == len(taken) == 4 + 1 + 4 + 3 and all(a is b for a, b in zip(taken, given[::-1]))
+    for block, hook in zip(blocks, hooks):
+        hook.remove()
+        hook = block.norm_skip.register_forward_pre_hook(lambda _, args: (torch.zeros_like(args[0]),))
+        assert (model(z, torch.zeros(1)) - out).abs().max() > 1e-5
+        hook.remove()
+
+
+def test_a_label_of_another_length_is_refused():
+    model, z = small_uvit(text=text.ByteEncoder(6, 64)), torch.zeros(1, 3, 32, 32)
+    for row in ([0], [0, 0], [0, 0, 5, 6, 0, 0, 0, 0]):
+        model(z, torch.zeros(1), torch.tensor([row]))
+    for network, length in ((model, 10), (model, 3), (small_unet(), 8)):
+        with pytest.raises(AssertionError, match=f"not {length}"):
+            network(z, torch.zeros(1), torch.zeros(1, length, dtype=torch.long))
+    with pytest.raises(AssertionError, match="'wave'"):
+        small_uvit(start="wave")
+
+
+@pytest.mark.parametrize("flags, tells", [
+    ("", (2, 4, {0.1}, 0)), ("--patch conv", (0, 4, {0.1}, 0)), ("--patch none", (0, 6, {0.1}, 0)), ("--blocks-16 3", (2, 4, {0.1}, 0, 3)),
+    ("--dropout 0.3", (2, 4, {0.3}, 0)), ("--dropout 0.3 --dropout-res 32", (2, 4, {0.3}, 1)), ("--portrait --res 384x640", (2, 4, {0.1}, 0)),
+    ("--net unet", (2, 5, {0.1}, 2)), ("--net unet --dropout 0.3", (2, 5, {0.3}, 2)), ("--net unet --dropout 0", (2, 5, set(), 0)),
+    ("--net unet --blocks-16 3 --patch none", (0, 7, {0.1}, 2, 3)), ("--net unet --model paper", (2, 5, {0.1}, 2)),
+    ("--model tiny", (2, 4, set(), 0))])
+def test_flags_of_the_network_reach_it(flags, tells):
+    """tells: wavelet levels, levels of the network, dropouts above 0, on how many levels of the ResBlocks, blocks at 16."""
+    config = train.parse_config(["--res", "512", "--model", "small", *flags.split()])
+    with torch.device("meta"):
+        model = sampling.network(vars(config), 7)
+    levels, depth, drops, dropped, *dial = tells
+    probabilities = lambda part: {layer.p for layer in part.modules() if isinstance(layer, torch.nn.Dropout)} - {0}
+    assert (model.levels, len(model.down) + (config.net == "uvit"), probabilities(model)) == (levels, depth, drops)
+    assert sum(bool(probabilities(level)) for level in model.down) == dropped and (model.embedding.portrait is not None) == config.portrait
+    blocks = len(model.transformer) if config.net == "uvit" else len(model.down[-2])
+    assert blocks == (dial or [8 if config.net == "uvit" and config.model == "small" else 4 if config.net == "uvit" else 12])[0]
 
 
 def write_captioned(folder):
@@ -1026,6 +1100,20 @@ def test_captions_are_lines_of_the_txt_beside_in_a_folder_and_in_a_zip(tmp_path)
     count = len(dataset.names) - 1
     assert set(told["set"]) == {"", *(f"picture {i}" for i in range(count)), *(f"number {i}" for i in range(count))}
     assert told["set"] == told["set.zip"]
+
+
+def test_a_picture_whose_caption_cannot_be_read_is_skipped_and_says_so(tmp_path):
+    write_captioned(tmp_path)
+    bad, gone = sorted(tmp_path.rglob("*.TXT"))[:2]
+    bad.unlink(), gone.unlink()
+    os.mkfifo(bad)                                          # would wait for ever
+    gone.symlink_to(tmp_path / "nowhere")
+    dataset, seen = data.Pictures(tmp_path, 16, tokens=text.tokenizer("bytes", 16)), {}
+    for n in range(len(dataset.names)):
+        seen |= dataset[n][2]
+    assert dataset.captioned == len(dataset.names) - 1
+    assert seen == {file.relative_to(tmp_path).with_suffix(".png").as_posix(): f"ValueError: its caption {file.relative_to(tmp_path).as_posix()}: {why}"
+                    for file, why in ((bad, "ValueError: not a file"), (gone, f"FileNotFoundError: [Errno 2] No such file or directory: '{gone}'"))}
 
 
 def test_flowers_say_what_they_are_and_a_quarter_of_the_combinations_is_never_shown():
@@ -1087,6 +1175,36 @@ def test_score_reads_petals_and_colour_of_real_flowers_and_sees_what_is_wrong():
     half = x[:40].clone()
     half[:, :, :28] = half[:, :, :28].flip(2)                                   # one half of the flower upside down
     assert score.score(half)["asymmetry"].median() > 1.5 * found["asymmetry"].median()
+
+
+def test_score_asks_for_200_new_flowers_and_says_how_often_pictures_are_what_prompts_say(tmp_path, capsys):
+    sys.path.insert(0, str(HERE / "benchmarks"))
+    import score
+    assert score.asked("A blue flower with eleven petals on cream") == ("blue", 11) and score.asked("a flower, 7 petals") == (None, 7)
+    assert score.asked("a red one") == ("red", None) and score.asked("three petals")[1] == 3 and score.asked("12 petals")[1] == 12
+    score.main(["--new", str(tmp_path / "prompts")])
+    prompts = (tmp_path / "prompts").read_text().splitlines()
+    pairs = [score.asked(prompt) for prompt in prompts]
+    assert len(prompts) == 200 and len(set(prompts)) > 150 and len(set(pairs)) == 20 and all(data.never_shown(*pair) for pair in pairs)
+    for i, (colour, k) in enumerate([("red", 8), ("white", 5), ("red", 8), ("blue", 9)]):
+        picture, _ = data.draw_flower(np.random.default_rng(i), k, 48, [colour])
+        Image.fromarray((picture * 255).astype(np.uint8)).save(tmp_path / f"{i:06d}.png")
+    (tmp_path / "asked").write_text("a red flower with 8 petals\n\na white flower with six petals\n")        # in turns; of four one wrong colour, two wrong numbers
+    score.main([str(tmp_path), "--prompts", str(tmp_path / "asked")])
+    said = capsys.readouterr().out
+    assert f"| {tmp_path} | 4 | 50.0% | 75.0% |" in said and "number of petals: 6 0%, 8 100%\n" in said and "by colour: red 100%, white 50%\n" in said
+
+
+@pytest.mark.parametrize("flags, words", [("nowhere", "nowhere: no picture there"), ("{tmp} --prompts {tmp}/none", "holds no line"),
+                                          ("{tmp} --prompts nowhere", "No such file"), ("--new nowhere/prompts", "No such file")])
+def test_wrong_call_of_score_ends_with_exit_code_2(tmp_path, flags, words, capsys):
+    sys.path.insert(0, str(HERE / "benchmarks"))
+    import score
+    Image.new("RGB", (16, 16)).save(tmp_path / "0.png")
+    (tmp_path / "none").write_text("\n")
+    with pytest.raises(SystemExit) as stop:
+        score.main(flags.format(tmp=tmp_path).split())
+    assert stop.value.code == 2 and words in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------- data.py
@@ -2058,6 +2176,35 @@ def test_captions_are_dropped_for_their_share_and_the_way_up_is_not(tmp_path, li
     assert .2 < rows[empty, 1].float().mean() < .8
 
 
+@pytest.mark.parametrize("flags, chosen", [
+    ("", dict(model="tiny", batch=32, multiscale="off")), ("--res 65x64", None), ("--res 128", dict(model="base", batch=256, steps=300_000, multiscale="off")),
+    ("--res 256", dict(model="base", multiscale="off")), ("--res 512", dict(multiscale="on")), ("--res 384x640", dict(multiscale="off")),
+    ("--res 512x1024", dict(multiscale="on")), ("--res 512 --loss sid2", dict(multiscale="off")), ("--res 64 --multiscale on", dict(multiscale="on")),
+    ("--res 128 --model paper", dict(batch=2048, steps=500_000, lr=1e-4)), ("--res 256 --model paper --net unet", dict(batch=512, steps=2_000_000, lr=5e-5)),
+    ("--res 128 --model base --net unet", dict(batch=256, lr=2e-4)), ("--model paper --batch 7 --lr 1e-3", dict(batch=7, lr=1e-3, steps=500_000))])
+def test_res_and_model_choose_batch_rate_steps_and_multiscale(flags, chosen):
+    if chosen is None:
+        with pytest.raises(SystemExit):
+            train.parse_config(flags.split())
+    else:
+        config = vars(train.parse_config(flags.split()))
+        assert {name: config[name] for name in chosen} == chosen
+
+
+def test_flags_of_pictures_reach_the_loader_and_the_grid_shows_each_class(tmp_path, little, monkeypatch):
+    write_folder(tmp_path / "set")
+    monkeypatch.setattr(train, "REPORT_STEPS", 1)
+    honest, asked, drawn, drawing = data.Pictures, [], [], train.sample
+    monkeypatch.setattr(train, "Pictures", lambda *args, **told: asked.append((args[1:], told)) or honest(*args, **told))
+    monkeypatch.setattr(train, "sample", lambda model, logsnr, noise, steps, label, **rest: drawn.append(label) or drawing(model, logsnr, noise, steps, label, **rest))
+    common = ["--data", str(tmp_path / "set"), "--batch", "4", "--steps", "1", "--sample-every", "1"]
+    run_train(tmp_path / "plain", *common)
+    run_train(tmp_path / "all", *common, "--res", "16x32", "--no-flip", "--portrait", "--seed", "3")
+    assert asked == [((32, 0, True), dict(tokens=None, portrait=False)), (("16x32", 3, False), dict(tokens=None, portrait=True))]
+    classes = len(checkpoint.read(tmp_path / "plain/model.pt")["classes"])
+    assert classes > 1 and all(label.tolist() == [[i % classes, 0] for i in range(4 * classes)] for label in drawn)
+
+
 @pytest.mark.parametrize("flags", ["--net unet --blocks-16 1 --res 16", "--res 32x48 --portrait --schedule interpolated --loss sid2 --skips level", "--text bytes --blocks-16 1"])
 def test_every_network_trains_resumes_and_draws(tmp_path, little, flags, monkeypatch):
     monkeypatch.setattr(train, "REPORT_STEPS", 2)
@@ -2078,6 +2225,12 @@ def test_every_network_trains_resumes_and_draws(tmp_path, little, flags, monkeyp
         stands, lies = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("upright", "lying"))
         assert stands.shape == (3, W, H, 3) and lies.shape == (3, H, W, 3)
         assert not np.array_equal(np.rot90(stands, 1, (1, 2)), lies)            # the network was told
+        for name, also in ("upright", ["--portrait"]), ("lying", []):           # what is there is not drawn again, nor was it before these flags
+            settings, when = tmp_path / name / "settings.json", (tmp_path / name / "000000.png").stat().st_mtime_ns
+            told = json.loads(settings.read_text())
+            settings.write_text(json.dumps({key: value for key, value in told.items() if also or key not in ("portrait", "guidance_interval")}))
+            sampling.main([*common, "--out", str(tmp_path / name), *also])
+            assert (tmp_path / name / "000000.png").stat().st_mtime_ns == when
     else:
         assert len({name.split(".")[1] for name in whole["model"] if name.startswith("transformer.")} | {""}) == 1 + ("--text" in flags)
     assert kinds == {"sid2" if "sid2" in flags else "eps"}
@@ -2397,6 +2550,19 @@ def test_prompts_are_drawn_in_turns_from_the_command_line_and_from_a_file(tmp_pa
     told.clear()
     sampling.main([*common, "--n", "2", "--out", str(tmp_path / "c")])
     assert told == ["", ""]
+
+
+def test_flags_of_sampling_reach_the_sampler(tmp_path, little, monkeypatch):
+    run_train(tmp_path / "run", "--steps", "1", "--noise-d", "64")
+    honest, told = sampling.sample, {}
+    monkeypatch.setattr(sampling, "sample", lambda model, logsnr, noise, steps, label, sampler, gamma, guidance, interval, **rest:
+                        told.update(logsnr=logsnr(torch.tensor([.3])), steps=steps, sampler=sampler, gamma=gamma, guidance=guidance, interval=interval)
+                        or honest(model, logsnr, noise, steps, label, sampler, gamma, guidance, interval, **rest))
+    common = ["--ckpt", str(tmp_path / "run/model.pt"), "--n", "1"]
+    sampling.main([*common, "--steps", "2", "--sampler", "ddim", "--gamma", "0.7", "--guidance", "2.5", "--guidance-interval", "-3", "5", "--out", str(tmp_path / "a")])
+    assert told == dict(logsnr=schedule.logsnr_shifted(torch.tensor([.3]), 32, 64), steps=2, sampler="ddim", gamma=.7, guidance=2.5, interval=[-3, 5])
+    sampling.main([*common, "--out", str(tmp_path / "b")])
+    assert (told["steps"], told["sampler"], told["gamma"], told["guidance"], told["interval"]) == (128, "ancestral", .2, 1, [-99, 99])
 
 
 WRONG_SAMPLES = [

@@ -2,7 +2,8 @@
 
 All of it is one row of whole numbers, `condition`: (2 + L,). A caption is L of them, its tokens; 0
 is nothing, and fills the row's end. The empty caption, all 0, is also what a dropped one becomes.
-The transformer reads a caption by cross-attention, as the sequence that an encoder makes of it:
+An encoder makes a sequence of it, which the transformer reads by cross-attention, and whose mean
+joins the clock (uvit.py: Embedding):
 
     tokens (B, L) -> embeddings (B, 1 + L, T), seen (B, 1 + L) bool
 
@@ -85,7 +86,7 @@ class T5Encoder:
         if said is None or not torch.equal(said, tokens):       # a sampler says it at each step
             seen = tokens > 0                                   # T5, too, fills up with 0
             h = self.encoder.to(tokens.device)(input_ids=tokens, attention_mask=seen)
-            sequence = (nn.functional.pad(h.last_hidden_state, (0, 0, 1, 0)),
+            sequence = (nn.functional.pad(h.last_hidden_state.float(), (0, 0, 1, 0)),
                         nn.functional.pad(seen, (1, 0), value=True))
             self.last = tokens, sequence
         return sequence

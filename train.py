@@ -64,7 +64,7 @@ class Config:
     blocks_16: int = 0          # blocks at 16 x 16, the dial of the size; 0: the model's own
     skips: str = "block"        # of the U-ViT: one a block, or one a level (SiD2, not in the paper)
     patch: str = "dwt"          # dwt, conv or none: how a large picture becomes a 128 x 128 map
-    dropout: float = -1         # of the transformer; -1: the model's own
+    dropout: float = -1         # at the bottom of the network; -1: the model's own
     dropout_res: int = 16       # also in convolutions on maps of at most this side
     # Schedule and loss (schedule.py, loss.py)
     schedule: str = "shifted"   # cosine, shifted or interpolated
@@ -125,7 +125,7 @@ The 1,500 steps took 16 minutes on two CPU cores."""
 
 def parse_config(argv=None):
     """argv -> Config, with all that --res and --model pick. Wrong input: a line, exit code 2."""
-    parser = Parser(description="Train a U-ViT by simple diffusion.", allow_abbrev=False)
+    parser = Parser(description="Train a network by simple diffusion.", allow_abbrev=False)
     says = dict(re.findall(r"^ +(\w+): .*?# (.*)$", inspect.getsource(Config), re.MULTILINE))
     for field in dataclasses.fields(Config):
         kind = dict(type={int: whole, float: number, str: str}.get(field.type))
@@ -458,8 +458,9 @@ def train(config, rank, world, device, meet, at_exit):
     # -- what is about to happen
     if master:
         weights = sum(p.numel() for p in model.parameters()) / 1e6
+        told = f"captions of {dataset.captioned} of {pictures} pictures" if config.data else "captions"
         print(f"{config.model} {config.net}, {weights:.1f} M weights, {height} x {width}, "
-              f"{classes} classes, batch {config.batch} on {world} x {device.type}"
+              f"{told if config.text else f'{classes} classes'}, batch {config.batch} on {world} x {device.type}"
               f"{' in bf16' if bf16 else ''}, steps {start} to {config.steps}.\n"
               f"Everything goes to {out}/; its grid.png shows samples "
               f"{f'every {config.sample_every} steps' if config.sample_every else 'never'}. "

@@ -117,7 +117,7 @@ class AttentionBlock(nn.Module):
 
 
 class CrossAttentionBlock(nn.Module):
-    """Attention to a caption (Section 3.6): x (B, N, C), text (B, L, T), seen (B, L) -> as x."""
+    """Attention to a caption (Section 3.6): x (B, N, C), text.py's text, seen -> as x."""
 
     def __init__(self, width, head, text):
         super().__init__()
@@ -138,7 +138,7 @@ class CrossAttentionBlock(nn.Module):
 
 class Embedding(nn.Module):
     """The clock, the class, the way up, what the caption says on the whole: logsnr (B,), label
-    (B, 2 + L) and, with a caption, text (B, L, T), seen (B, L) -> (B, emb).
+    (B, 2 + L) and, with a caption, text (B, 1 + L, T), seen (B, 1 + L) -> (B, emb).
     """
 
     def __init__(self, emb, classes, portrait=False, text=0):
@@ -187,7 +187,9 @@ def rows(label, z, classes, length):
     if label is None:
         label = torch.full((len(z),), classes, device=z.device)
     label = label.view(len(z), -1)
-    return F.pad(label, (0, 2 + length - label.shape[1]))
+    given, wanted = label.shape[1], 2 + length
+    assert given in (1, 2, wanted), f"a label is 1, 2 or {wanted} numbers here, not {given}"
+    return F.pad(label, (0, wanted - given))
 
 
 class UViT(nn.Module):
@@ -215,6 +217,7 @@ class UViT(nn.Module):
         height, width = sides(res)
         assert height % step == width % step == 0, f"{step} must divide the sides of {res}"
         assert patch in ("dwt", "conv", "none"), f"patch must be dwt, conv or none, not {patch!r}"
+        assert start in ("noise", "waves"), f"start must be noise or waves, not {start!r}"
         self.levels = levels if patch == "dwt" else 0
         # The last `halvings` levels above 16 x 16; levels above the table's first repeat its width.
         extra = max(0, halvings + 1 - len(widths))
@@ -246,7 +249,7 @@ class UViT(nn.Module):
 
     def forward(self, z, logsnr, label=None):
         label = rows(label, z, self.classes, self.text.length if self.text else 0)
-        caption = self.text(label[:, 2:]) if self.text else ()          # (B, L, T), (B, L)
+        caption = self.text(label[:, 2:]) if self.text else ()          # (B, 1 + L, T), ...
         emb, skips, pooled = self.embedding(logsnr, label, *caption), [], []        # (B, emb)
         h = self.project_in(dwt(z, self.levels))            # (B, widths[0], top, top)
         for blocks, pool in zip(self.down, self.pool):

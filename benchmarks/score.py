@@ -1,7 +1,7 @@
 """Scores flowers by what is seen in the picture: no network, no download.
 
     python benchmarks/score.py samples                  the flowers of a folder, beside real ones
-    python benchmarks/score.py --new prompts.txt        200 prompts for what training never shows, and
+    python benchmarks/score.py --new prompts.txt        200 prompts for what is never shown, and
     python benchmarks/score.py samples --prompts prompts.txt    how often pictures are what they say
 
 A flower is looked at in rings round its centre. All petals are one petal, so the spectrum of a ring
@@ -85,7 +85,7 @@ def edge(spectrum, petals):
 
 
 def asymmetry(seen, petals, radius):
-    """Rings (B, 3, rings, TURNS) -> (B,): rms of the picture less itself turned by 2 pi / petals."""
+    """Rings (B, 3, rings, TURNS) -> (B,): rms of the picture less itself turned by 2 pi / k."""
     f = torch.fft.rfft(seen)[..., 1:]
     turn = torch.arange(1, f.shape[-1] + 1) * (2 * math.pi / petals[:, None])
     weight = RADII * (RADII <= radius[:, None])
@@ -139,7 +139,7 @@ def score(pictures):
 
 
 def real(count, res, seed=5):
-    """Flowers as data.py draws them -> pictures (N, 3, H, W) in [0, 1], petals (N,), colours [N]."""
+    """Flowers of data.py -> pictures (N, 3, H, W) in [0, 1], petals (N,), colours [N]."""
     drawn, petals, colour = [], [], []
     for i in range(count):
         rng = np.random.default_rng((seed, i))
@@ -169,42 +169,50 @@ def asked(prompt):
     return colour, number
 
 
-def main():
+def new_prompts():
+    """200 captions, ten of each combination of colour and number that training never shows."""
+    pairs = [(colour, k) for k in NUMBER for colour in PETALS if never_shown(colour, k)]
+    return [draw_flower(np.random.default_rng((6, i)), k, 16, [colour])[1]
+            for i, (colour, k) in enumerate(pairs * (200 // len(pairs)))]
+
+
+def by(names, wanted, right):
+    """How often it was right, for each of the names that was wanted."""
+    hits = {name: [r for w, r in zip(wanted, right) if w == name] for name in names}
+    return ", ".join(f"{name} {np.mean(hit):.0%}" for name, hit in hits.items() if hit)
+
+
+def main(argv=None):
     parser = argparse.ArgumentParser(description="Score flowers by what is seen in the picture.")
-    parser.add_argument("folder", nargs="?", help="of pictures, 000000.png and so on")
-    parser.add_argument("--prompts", help="file that says what they were to be, a line each, in turns")
-    parser.add_argument("--petals", type=int, nargs="+", help="the same, numbers of petals alone")
+    parser.add_argument("folder", nargs="?", default="samples", help="000000.png and so on")
+    parser.add_argument("--prompts", help="file of what they were to be, a line each, in turns")
     parser.add_argument("--new", metavar="FILE", help="write the 200 prompts to this file, and end")
-    args = parser.parse_args()
-    if args.new:
-        pairs = [(colour, k) for k in NUMBER for colour in PETALS if never_shown(colour, k)]
-        lines = [f"a {colour} flower with {NUMBERS[k - 3]} petals" for colour, k in pairs]
-        Path(args.new).write_text("\n".join(lines * (200 // len(lines))) + "\n")
-        sys.exit()
-    files = sorted(Path(args.folder or "samples").glob("[0-9]*.png"))
+    args = parser.parse_args(argv)
+    try:
+        if args.new:
+            return Path(args.new).write_text("\n".join(new_prompts()) + "\n")
+        lines = Path(args.prompts).read_text("utf-8-sig").splitlines() if args.prompts else []
+        wanted = [asked(line) for line in lines if line.strip()]
+        files = sorted(Path(args.folder).glob("[0-9]*.png"))
+        pictures = [torch.from_numpy(np.array(Image.open(file).convert("RGB"))) for file in files]
+        x = torch.stack(pictures).permute(0, 3, 1, 2) / 255 if pictures else None
+    except (OSError, RuntimeError, ValueError) as error:
+        parser.error(error)
     if not files:
-        sys.exit(f"{args.folder}: no picture there")
-    pictures = [torch.from_numpy(np.array(Image.open(file).convert("RGB"))) for file in files]
-    found = score(torch.stack(pictures).permute(0, 3, 1, 2) / 255)
-    petals = colour = None
-    if args.prompts:
-        wanted = [asked(line) for line in Path(args.prompts).read_text().splitlines() if line.strip()]
-        colour, petals = zip(*[wanted[i % len(wanted)] for i in range(len(files))])
-    elif args.petals:
-        petals = [args.petals[i % len(args.petals)] for i in range(len(files))]
-    if petals:
-        known = torch.tensor([k or 0 for k in petals])
-    height, width = pictures[0].shape[:2]
-    x, real_petals, real_colour = real(200, f"{height}x{width}")
-    print("| | pictures | petals right | colour right | asymmetry, median | axes, median (5% to 95%) |")
-    print("|-|-|-|-|-|-|")
+        parser.error(f"{args.folder}: no picture there")
+    if args.prompts and not wanted:
+        parser.error(f"--prompts {args.prompts}: holds no line")
+    found = score(x)
+    colour, petals = zip(*[wanted[i % len(wanted)] for i in range(len(x))]) if wanted else ([], [])
+    height, width = x.shape[2:]
+    true, true_petals, true_colour = real(200, f"{height}x{width}")
+    print("| | pictures | petals right | colour right | asymmetry, median "
+          "| axes, median (5% to 95%) |\n|-|-|-|-|-|-|")
     print(f"| {args.folder}", summary(found, petals, colour))
-    print("| real flowers", summary(score(x), real_petals.tolist(), real_colour))
-    if args.prompts:
-        print("\nby number of petals:", ", ".join(
-            f"{k} {(found['petals'][known == k] == k).float().mean():.0%}" for k in NUMBER if (known == k).any()))
-        print("by colour:", ", ".join(f"{name} {np.mean([a == name for a, b in zip(found['colour'], colour) if b == name]):.0%}"
-                                      for name in PETALS if name in colour))
+    print("| real flowers", summary(score(true), true_petals.tolist(), true_colour))
+    if wanted:
+        print("\nright by number of petals:", by(NUMBER, petals, found["petals"].numpy() == petals))
+        print("right by colour:", by(PETALS, colour, np.array(found["colour"]) == colour))
 
 
 if __name__ == "__main__":
