@@ -222,7 +222,7 @@ WORDS_MUTANTS = [
     ("text.py", "torch.zeros_like(rows[:, 2:])], 1)", "rows[:, 2:]], 1)", "unconditional or empty_caption"),
     ("text.py", "attention_mask=seen)", "attention_mask=None)", "t5"),
     ("text.py", "(1, 0), value=True)", "(1, 0), value=False)", "t5"),
-    ("text.py", "last_hidden_state, (0, 0, 1, 0))", "last_hidden_state, (0, 0, 0, 1))", "t5"),
+    ("text.py", "last_hidden_state.float(), (0, 0, 1, 0))", "last_hidden_state.float(), (0, 0, 0, 1))", "t5"),
     ("text.py", "tokenizer(caption, truncation=True, max_length=length).input_ids if caption else []", "tokenizer(caption, truncation=True, max_length=length).input_ids", "t5"),
     ("uvit.py", "attn_mask=seen[:, None, None]", "attn_mask=None", "cross_attention or masked"),
     ("uvit.py", "self.kv(self.norm_text(text))", "self.kv(text)", "cross_attention"),
