@@ -146,6 +146,7 @@ if __name__ == "__main__":                  # python checkpoint.py runs/NAME/mod
     try:
         _, model, out = sys.argv
         release(model, out)
+        print(f"{out}, {os.path.getsize(out) / 1e6:.1f} MB")
     except (ValueError, OSError) as error:
         print(error if len(sys.argv) == 3 else "usage: checkpoint.py MODEL OUT", file=sys.stderr)
         sys.exit(2)

@@ -249,7 +249,7 @@ def main(argv=None):
     parser.add_argument("--schedule", choices=SCHEDULES, help="(default: that of the training)")
     parser.add_argument("--label", default="", help="a class, by name or number")
     parser.add_argument("--prompt", nargs="+", help="captions, in turns")
-    parser.add_argument("--prompts", metavar="FILE", help="the same, a line of a file each")
+    parser.add_argument("--prompts", metavar="FILE", help="file of more of them, a line each")
     parser.add_argument("--portrait", action="store_true", help="pictures that stand upright")
     parser.add_argument("--seed", type=whole, default=0)
     parser.add_argument("--batch", type=whole, default=16, help="pictures at a time")
@@ -272,6 +272,8 @@ def main(argv=None):
     low, high = args.guidance_interval
     if low > high:
         fail(f"--guidance-interval {low} {high}: the first must be the lower")
+    if [low, high] != [-99, 99] and args.guidance == 1:
+        fail(f"--guidance-interval {low} {high}: needs a --guidance other than 1")
     for name, most in dict(gamma=1, n=10_000_000, steps=100_000, batch=10_000, seed=2**63).items():
         if getattr(args, name) > most:
             fail(f"--{name} {getattr(args, name)}: must be at most {most}")

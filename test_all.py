@@ -1206,7 +1206,8 @@ def test_wrong_call_of_score_ends_with_exit_code_2(tmp_path, flags, words, capsy
     (tmp_path / "none").write_text("\n")
     with pytest.raises(SystemExit) as stop:
         score.main(flags.format(tmp=tmp_path).split())
-    assert stop.value.code == 2 and words in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and words in error and error.count("\n") == 1
 
 
 # ---------------------------------------------------------------------------- data.py
@@ -2586,7 +2587,8 @@ WRONG_SAMPLES = [
     ("--prompts {tmp}/nowhere.txt", "--prompts .*nowhere.txt: No such file"), ("--prompts {tmp}/empty.pt", "--prompts .*empty.pt: holds no line"),
     ("--schedule linear", "--schedule invalid choice: 'linear'"), ("--guidance-interval 1 x", "--guidance-interval x: must be a finite number"),
     ("--guidance-interval 1", "--guidance-interval expected 2 arguments"),
-    ("--guidance-interval 5 -3", "--guidance-interval 5.0 -3.0: the first must be the lower")]
+    ("--guidance-interval 5 -3", "--guidance-interval 5.0 -3.0: the first must be the lower"),
+    ("--guidance-interval -3 5", "--guidance-interval -3.0 5.0: needs a --guidance other than 1")]
 
 
 @pytest.mark.parametrize("flags, words", WRONG_SAMPLES, ids=[flags for flags, _ in WRONG_SAMPLES])

@@ -157,7 +157,8 @@ def parse_config(argv=None):
     for name in ("ema", "dropout", "drop_label"):
         if getattr(config, name) >= 1 or -1 < getattr(config, name) < 0:
             fail(f"--{name.replace('_', '-')} {getattr(config, name)}: must be from 0 to below 1")
-    if config.out and not os.path.isdir(Path(config.out).absolute().parent):
+    folder = Path(config.out).parent
+    if config.out and folder != Path("runs") and not os.path.isdir(folder):     # as by default
         fail(f"--out {config.out}: the folder it is to be in does not exist; make that first")
     near, fits, steps = None, [height, width], []
     while near != fits:                     # another size may need another step
@@ -168,8 +169,8 @@ def parse_config(argv=None):
                 for pixels in near]
     if [height, width] != near:
         near = f"{near[0]}x{near[1]}" if near[0] != near[1] else near[0]
-        fail(f"--res {config.res}: sides must be from 16 to 4096 and, at this size, multiples of "
-             f"{steps[0]}, for example {near}")
+        also = f" and, at this size, multiples of {steps[0]}" if steps[0] > 1 else ""
+        fail(f"--res {config.res}: sides must be from 16 to 4096{also}, for example {near}")
     if config.portrait and height >= width:
         fail(f"--portrait --res {config.res}: the size must lie, height x width, like 384x640")
     if config.net == "unet" and (config.text or config.skips == "level"):
@@ -407,6 +408,7 @@ def train(config, rank, world, device, meet, at_exit):
         for name in dict.fromkeys([*vars(config), *saved["config"]]):
             was, now = saved["config"].get(name), getattr(config, name, None)
             if name not in MAY_CHANGE and now != was:
+                was, now = (value if value != "" else "''" for value in (was, now))
                 fail(f"{out} was started with --{name.replace('_', '-')} {was}, now {now}: go back "
                      "to that, or give a new --out")
         try:
@@ -460,7 +462,7 @@ def train(config, rank, world, device, meet, at_exit):
         weights = sum(p.numel() for p in model.parameters()) / 1e6
         told = f"captions of {dataset.captioned} of {pictures} pictures" if config.data else "captions"
         print(f"{config.model} {config.net}, {weights:.1f} M weights, {height} x {width}, "
-              f"{told if config.text else f'{classes} classes'}, batch {config.batch} on {world} x {device.type}"
+              f"{told if config.text else f'{classes or "no"} classes'}, batch {config.batch} on {world} x {device.type}"
               f"{' in bf16' if bf16 else ''}, steps {start} to {config.steps}.\n"
               f"Everything goes to {out}/; its grid.png shows samples "
               f"{f'every {config.sample_every} steps' if config.sample_every else 'never'}. "

@@ -10,9 +10,9 @@ has power only at multiples of their number k: the centre and k are those that m
     petals      k, 3 to 12
     colour      of the outer part of the petals, by name (data.py: PETALS)
     axes        height over width at which the flower is most symmetric; 1 is round
-    asymmetry   turned by 2 pi / k, how much changes, over what varies round the centre: 0 to 2
+    asymmetry   turned by 2 pi / k, how much changes, over what varies round the centre: 0, all
+                petals are one, to 2
 """
-import argparse
 import math
 import re
 import sys
@@ -25,6 +25,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import NUMBERS, PETALS, draw_flower, never_shown
+from sample import Parser, fail
 
 RADII = torch.linspace(.08, .98, 46)        # of the rings; the shorter side of the picture is 2
 TURNS = 128                                 # samples of a ring
@@ -183,8 +184,9 @@ def by(names, wanted, right):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Score flowers by what is seen in the picture.")
-    parser.add_argument("folder", nargs="?", default="samples", help="000000.png and so on")
+    parser = Parser(description="Score flowers by what is seen in the picture.")
+    parser.add_argument("folder", nargs="?", default="samples",
+                        help="of pictures, 000000.png and so on (default: samples)")
     parser.add_argument("--prompts", help="file of what they were to be, a line each, in turns")
     parser.add_argument("--new", metavar="FILE", help="write the 200 prompts to this file, and end")
     args = parser.parse_args(argv)
@@ -196,22 +198,25 @@ def main(argv=None):
         files = sorted(Path(args.folder).glob("[0-9]*.png"))
         pictures = [torch.from_numpy(np.array(Image.open(file).convert("RGB"))) for file in files]
         x = torch.stack(pictures).permute(0, 3, 1, 2) / 255 if pictures else None
-    except (OSError, RuntimeError, ValueError) as error:
-        parser.error(error)
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror or error}")
+    except (RuntimeError, ValueError) as error:
+        fail(f"{args.folder}, {args.prompts}: {error}")
     if not files:
-        parser.error(f"{args.folder}: no picture there")
+        fail(f"{args.folder}: no picture there")
     if args.prompts and not wanted:
-        parser.error(f"--prompts {args.prompts}: holds no line")
+        fail(f"--prompts {args.prompts}: holds no line")
     found = score(x)
     colour, petals = zip(*[wanted[i % len(wanted)] for i in range(len(x))]) if wanted else ([], [])
     height, width = x.shape[2:]
     true, true_petals, true_colour = real(200, f"{height}x{width}")
     print("| | pictures | petals right | colour right | asymmetry, median "
-          "| axes, median (5% to 95%) |\n|-|-|-|-|-|-|")
+          "| height over width, median (5% to 95%) |\n|-|-|-|-|-|-|")
     print(f"| {args.folder}", summary(found, petals, colour))
     print("| real flowers", summary(score(true), true_petals.tolist(), true_colour))
     if wanted:
         print("\nright by number of petals:", by(NUMBER, petals, found["petals"].numpy() == petals))
+    if any(colour):
         print("right by colour:", by(PETALS, colour, np.array(found["colour"]) == colour))
 
 
