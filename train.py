@@ -460,9 +460,11 @@ def train(config, rank, world, device, meet, at_exit):
     # -- what is about to happen
     if master:
         weights = sum(p.numel() for p in model.parameters()) / 1e6
-        told = f"captions of {dataset.captioned} of {pictures} pictures" if config.data else "captions"
+        told = f"{classes or 'no'} classes"
+        if config.text:
+            told = f"captions of {dataset.captioned if config.data else 'all'} pictures"
         print(f"{config.model} {config.net}, {weights:.1f} M weights, {height} x {width}, "
-              f"{told if config.text else f'{classes or "no"} classes'}, batch {config.batch} on {world} x {device.type}"
+              f"{told}, batch {config.batch} on {world} x {device.type}"
               f"{' in bf16' if bf16 else ''}, steps {start} to {config.steps}.\n"
               f"Everything goes to {out}/; its grid.png shows samples "
               f"{f'every {config.sample_every} steps' if config.sample_every else 'never'}. "
