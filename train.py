@@ -460,11 +460,11 @@ def train(config, rank, world, device, meet, at_exit):
     # -- what is about to happen
     if master:
         weights = sum(p.numel() for p in model.parameters()) / 1e6
-        told = f"{classes or 'no'} classes"
+        said = f"{classes or 'no'} classes"
         if config.text:
-            told = f"captions of {dataset.captioned if config.data else 'all'} pictures"
+            said = f"captions of {dataset.captioned if config.data else 'all'} pictures"
         print(f"{config.model} {config.net}, {weights:.1f} M weights, {height} x {width}, "
-              f"{told}, batch {config.batch} on {world} x {device.type}"
+              f"{said}, batch {config.batch} on {world} x {device.type}"
               f"{' in bf16' if bf16 else ''}, steps {start} to {config.steps}.\n"
               f"Everything goes to {out}/; its grid.png shows samples "
               f"{f'every {config.sample_every} steps' if config.sample_every else 'never'}. "
