@@ -295,7 +295,7 @@ class Pictures:
             return file.read(size)
 
     def captions(self, name):
-        """The lines of the .txt beside a picture, [] if there is none. Raises ValueError if unfit."""
+        """The lines of the .txt beside a picture, [] without one. Raises ValueError if unfit."""
         beside = self.texts.get(os.path.splitext(name)[0])
         try:
             text = self.bytes(beside).decode("utf-8-sig", "replace") if beside else ""

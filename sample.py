@@ -218,7 +218,7 @@ def network(config, classes):
 
 
 def load_model(path, device):
-    """model.pt -> network with EMA weights, and the dict they came in. Raises ValueError, one line."""
+    """model.pt -> network with EMA weights, the dict they came in. Raises ValueError, one line."""
     saved = read(path)
     config = saved["config"]
     try:

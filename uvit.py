@@ -183,7 +183,7 @@ def waves(width, H, W):
 
 
 def rows(label, z, classes, length):
-    """label as a network may be given it: None, (B,) or (B, 2 + length) -> (B, 2 + length)."""
+    """label as a network may be given it: None, (B,), (B, 2) or (B, 2 + length) -> the last."""
     if label is None:
         label = torch.full((len(z),), classes, device=z.device)
     label = label.view(len(z), -1)
