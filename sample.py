@@ -69,12 +69,13 @@ def guided(model, z, logsnr, label, guidance):
 
 @torch.no_grad()
 def sample(model, logsnr, noise, steps, label=None, sampler="ancestral", gamma=0.2, guidance=1.0,
-           interval=(-math.inf, math.inf), bar=False):
+           interval=(-math.inf, math.inf), bar=False, watch=lambda z, x_hat: None):
     """Pictures (B, C, H, W) in [-1, 1] by exactly `steps` calls of model (Appendix A).
 
     model: (z, logsnr, label) -> v_hat;  logsnr: a schedule, t -> (B,);  noise: () -> fresh unit
     noise (B, C, H, W);  label: (B,) classes, (B, 2 + L) rows of `condition`, or None;  sampler:
-    "ancestral" or "ddim";  gamma: 0 to 1;  interval: of logsnr, where there is guidance (SiD2).
+    "ancestral" or "ddim";  gamma: 0 to 1;  interval: of logsnr, where there is guidance (SiD2);
+    watch: is shown z_t and x_hat at every step.
     """
     z = noise()
     clock = logsnr(torch.linspace(1, 0, steps + 1))
@@ -83,6 +84,7 @@ def sample(model, logsnr, noise, steps, label=None, sampler="ancestral", gamma=0
         inside = interval[0] <= clock[i] <= interval[1]
         v_hat = guided(model, z, logsnr_t, label, guidance if inside else 1)
         x_hat = x_from_v(z, v_hat, *alpha_sigma(logsnr_t)).clamp(-1, 1)
+        watch(z, x_hat)
         if i == steps - 1:
             return x_hat
         if sampler == "ddim":
@@ -237,7 +239,8 @@ def load_model(path, device):
 
 def main(argv=None):
     parser = Parser(description="Draw pictures with a trained model.", allow_abbrev=False)
-    parser.add_argument("--ckpt", default="", help="model.pt of a run (default: the newest)")
+    parser.add_argument("--ckpt", default="", help="model.pt of a run (default: the newest, or, if "
+                        "there is none, the flowers in assets/)")
     parser.add_argument("--out", default="", help="folder for the pictures (default: samples)")
     parser.add_argument("--n", type=whole, help="how many (default: 16, or one for each prompt)")
     parser.add_argument("--steps", type=whole, default=128, help="network calls per picture")
@@ -251,6 +254,8 @@ def main(argv=None):
     parser.add_argument("--prompt", nargs="+", help="captions, in turns")
     parser.add_argument("--prompts", metavar="FILE", help="file of more of them, a line each")
     parser.add_argument("--portrait", action="store_true", help="pictures that stand upright")
+    parser.add_argument("--film", action="store_true",
+                        help="also film.png: z_t and x_hat of the first picture from t = 1 to 0")
     parser.add_argument("--seed", type=whole, default=0)
     parser.add_argument("--batch", type=whole, default=16, help="pictures at a time")
     parser.add_argument("--compile", action="store_true",
@@ -278,9 +283,8 @@ def main(argv=None):
         if getattr(args, name) > most:
             fail(f"--{name} {getattr(args, name)}: must be at most {most}")
     found = filter(os.path.isfile, glob.glob("runs/*/model.pt"))
-    ckpt = args.ckpt or max(found, key=os.path.getmtime, default="")
-    if not ckpt:
-        fail("no model.pt under runs/: train one first (python train.py) or name it (--ckpt)")
+    released = Path(__file__).parent / "assets" / ("words.pt" if args.prompt else "flowers.pt")
+    ckpt = args.ckpt or max(found, key=os.path.getmtime, default=released)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, bf16 = pick_device()
     try:
@@ -324,7 +328,7 @@ def main(argv=None):
     checksums = [info.CRC for info in zipfile.ZipFile(ckpt).infolist()]
     settings = vars(args) | dict(ckpt=f"{zlib.crc32(repr(checksums).encode()):08x}", out="",
                                  device=device.type, bf16=bf16)
-    del settings["compile"]                 # the same pictures, to rounding
+    del settings["compile"], settings["film"]       # the same pictures, to rounding
     trouble = [None]                        # what rank 0 says to all
     try:
         if rank == 0:
@@ -341,14 +345,15 @@ def main(argv=None):
                 what = strangers[0].name if strangers else differ[0]
                 trouble = [f"--out {out}: holds other pictures ({what}): name another folder"]
             elif differ:
-                olds = [*out.glob("[0-9]" * 6 + "*.png"), out / "samples.npz", out / "grid.png"]
+                olds = [*out.glob("[0-9]" * 6 + "*.png"), out / "samples.npz", out / "grid.png",
+                        out / "film.png"]
                 for old in olds:
                     old.unlink(missing_ok=True)
                 held.truncate(0)
                 held.write(json.dumps(settings).encode())
             if trouble[0] and not text:
                 (out / "settings.json").unlink()
-            for name in ["samples.npz", "grid.png", *pictures] if not trouble[0] else []:
+            for name in ["samples.npz", "grid.png", "film.png", *pictures] if not trouble[0] else []:
                 (out / f"{name}.part").unlink(missing_ok=True)      # of a command that was killed
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         trouble = [f"--out {out}: cannot be used ({error}): name another folder"]
@@ -360,11 +365,22 @@ def main(argv=None):
 
     # -- fixed batches, batch k by rank k mod world: the same pictures on any number of ranks
     def save_pictures(indices):
+        shots = []                          # of the first picture: z_t, x_hat at each step
+
+        def watch(z, x_hat):
+            if args.film and 0 in indices:
+                shots.append((z[:1].cpu(), x_hat[:1].cpu()))
+
         label = torch.stack([wanted[i % len(wanted)] for i in indices]).to(device)
         noise = picture_noise(args.seed, indices, config["res"], device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             x = sample(model, logsnr, noise, args.steps, label, args.sampler, args.gamma,
-                       args.guidance, args.guidance_interval, bar=rank == 0)
+                       args.guidance, args.guidance_interval, bar=rank == 0, watch=watch)
+        if shots:
+            shown = [shots[round(k * (args.steps - 1) / 8)] for k in range(9)]
+            tiles = to_uint8(torch.cat([shot[row] for row in (0, 1) for shot in shown]))
+            sheet = grid(list(np.rot90(tiles, -args.portrait, (1, 2))), 9)
+            write(out / "film.png", lambda file: sheet.save(file, "PNG"))
         for i, picture in zip(indices, np.rot90(to_uint8(x), -args.portrait, (1, 2))):
             write(out / pictures[i], lambda file: Image.fromarray(picture).save(file, "PNG"))
 
@@ -388,7 +404,8 @@ def main(argv=None):
     try:
         for start in range(args.batch * rank, args.n, args.batch * world):
             indices = range(start, min(start + args.batch, args.n))
-            if not all(drawn(i) for i in indices):
+            unseen = args.film and start == 0 and not (out / "film.png").exists()
+            if unseen or not all(drawn(i) for i in indices):
                 save_pictures(indices)
         if world > 1:
             dist.barrier()

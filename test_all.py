@@ -1197,6 +1197,149 @@ def test_score_asks_for_200_new_flowers_and_says_how_often_pictures_are_what_pro
     assert f"| {tmp_path} | 4 | 50.0% | 75.0% |" in said and "number of petals: 6 0%, 8 100%\n" in said and "by colour: red 100%, white 50%\n" in said
 
 
+def test_detail_and_distance_see_blur_broken_structure_and_wrong_colours():
+    sys.path.insert(0, str(HERE / "benchmarks"))
+    import score
+    truth, y = score.real(300, 64, seed=7)[0], score.real(150, 64)[0]
+    half = y.clone()
+    half[:, :, :28] = half[:, :, :28].flip(2)
+    found = {name: score.compare(x, truth) for name, x in dict(real=y, half=half, swapped=y[:, [0, 2, 1]], blurred=F.avg_pool2d(y, 3, 1, 1)).items()}
+    assert abs(found["real"]["detail"] - 1) < .15 and found["blurred"]["detail"] < .2
+    assert all(found[name]["distance"] > 2 * found["real"]["distance"] for name in ("half", "swapped", "blurred")), found
+
+
+def test_octaves_are_those_of_waves_and_the_distance_that_of_gaussians():
+    sys.path.insert(0, str(HERE / "benchmarks"))
+    import score
+    for k, period in enumerate((3, 6, 12, 24)):                                 # pixels; an octave is from period 2 2^k to 4 2^k
+        wave = torch.cos(2 * math.pi * torch.arange(96) / period).expand(1, 3, 96, 96)
+        assert score.octaves(wave)[0].argmax() == k and score.octaves(wave.mT)[0].argmax() == k
+    a, b = torch.randn(4000, 3, dtype=torch.double), torch.randn(4000, 3, dtype=torch.double)
+    scale, shift = torch.tensor([1., 2., 3.]), torch.tensor([0., 1., 0.])
+    exact = (shift.square() + (scale - 1).square()).sum() / 3                   # |mu|^2 + sum of (s_a - s_b)^2, over tr B
+    assert abs(score.frechet(a * scale + shift, b) - exact) < .1 and score.frechet(b, b) < 1e-6
+    turned = torch.linalg.qr(torch.randn(3, 3, dtype=torch.double))[0] * torch.tensor([.1, 1., 10.])
+    assert abs(score.frechet(*score.whiten(a @ turned, b @ turned)) - score.frechet(*score.whiten(a, b))) < 1e-6
+
+
+def test_table_1_is_the_papers():
+    """16 GB of features for 2.8 MB of kernel at 256 x 256 x 128, 0.5 GB for 180 MB at 16 x 16 x 1024."""
+    said = run_script(*PYTHON, "benchmarks/arguments.py", "table1")
+    assert "| 256 | 128 | 16.00 | 2.8 |" in said and "| 16 | 1024 | 0.50 | 180.0 |" in said
+    block = uvit.ResBlock(8, 16, 0.0, False)                                    # by hand, H x W = 16: seven maps and the embedding's
+    sys.path.insert(0, str(HERE / "benchmarks"))
+    import arguments
+    features, weights, flops = arguments.cost(block, torch.randn(1, 8, 4, 4, requires_grad=True), torch.randn(1, 16))
+    assert weights == 20 * (2 * (8 * 8 * 9 + 8) + 2 * 16 + 16 * 16 + 16) and flops == 2 * 2 * 16 * 8 * 8 * 9 + 2 * 16 * 16
+    assert 7 * 2 * 8 * 16 <= features <= 8 * 2 * 8 * 16
+
+
+def test_gradient_noise_is_that_of_a_slow_loop(tmp_path, capsys):
+    sys.path.insert(0, str(HERE / "benchmarks"))
+    import arguments
+    torch.manual_seed(0)
+    config = vars(train.parse_config(["--res", "64"]))
+    model = sampling.network(config, 10)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=.05)
+    torch.save(dict(format=2, config=config, classes=data.Flowers(64).classes, step=1, ema=model.state_dict()), tmp_path / "model.pt")
+    arguments.main(["gradient", "--ckpt", str(tmp_path / "model.pt"), "--pictures", "6"])
+    said = capsys.readouterr().out
+    logsnr, gradients = schedule.logsnr_schedule("shifted", 64), []
+    for n in range(6):
+        x, label, _ = data.Flowers(64, 7)[n]
+        t, eps, _ = train.draw_noise(7, n, 1, 64, "cpu")
+        model.zero_grad()
+        losses.diffusion_loss(model, x[None], t, eps, logsnr, label[None]).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).double())
+    gradients = torch.stack(gradients)
+    variance, mean = gradients.var(0).sum(), gradients.mean(0).square().sum()
+    expected = variance / (mean - variance / 6)
+    assert (f"| 64 | {expected:,.0f} |" if expected > 0 else "| 64 | more than") in said and "| 32 | " in said
+
+
+def ablations_module():
+    sys.path.insert(0, str(HERE / "benchmarks"))
+    import ablations
+    return ablations
+
+
+def test_ablations_train_score_and_write_a_table_and_go_on(tmp_path, monkeypatch, capsys):
+    ablations = ablations_module()
+    monkeypatch.setattr(ablations, "HERE", tmp_path)
+    monkeypatch.setenv("TQDM_DISABLE", "")
+    (tmp_path / "RESULTS.md").write_text("# Results\n\nbefore\n")
+    flags = ["--finding", "multiscale", "--sizes", "64", "--steps", "2", "--batch", "2", "--seeds", "2", "--samples", "10", "--sample-steps", "10",
+             "--out", str(tmp_path / "runs")]
+    ablations.main(flags)
+    page = (tmp_path / "RESULTS.md").read_text()
+    scores = {(name, seed): json.loads((tmp_path / f"runs/multiscale-tiny-64-{name}-2x2-{seed}/scores.json").read_text()) for name in ("off", "on") for seed in (0, 1)}
+    two = [scores["on", seed]["structure"] for seed in (0, 1)]
+    assert f"| 64 | on | {np.mean(two):.4f} ± {abs(two[0] - two[1]) / 2**.5:.4f} |" in page and page.startswith("# Results\n\nbefore\n")
+    gaps = [scores["off", seed]["structure"] - scores["on", seed]["structure"] for seed in (0, 1)]
+    assert f"| 64 | on | {np.mean(gaps):+.4f} ± {abs(gaps[0] - gaps[1]) / 2**.5:.4f} |" in page
+    assert Image.open(tmp_path / "multiscale.png").size[0] > 720
+    when = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("*.pt")}
+    ablations.main(flags)
+    assert when == {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("*.pt")} and (tmp_path / "RESULTS.md").read_text() == page
+
+
+def test_ablations_error_is_that_of_a_known_network():
+    """x_hat = 0: the error is the picture, at any noise; averaged, the averaged picture. x_hat = x: none."""
+    ablations = ablations_module()
+    fresh = data.Flowers(72, seed=1_000_003)
+    x = torch.stack([fresh[n][0] for n in range(16)])
+    zero = lambda z, logsnr, label: z * torch.exp(logsnr / 2)[:, None, None, None]          # v = alpha z / sigma
+    small, full = ablations.validate(zero, 72, 16)
+    assert np.allclose(full, x.square().mean().sqrt(), atol=1e-5) and np.allclose(small, F.avg_pool2d(x, 2).square().mean().sqrt(), atol=1e-5)
+
+    def perfect(z, logsnr, label):
+        alpha, sigma = schedule.alpha_sigma(logsnr)
+        seen.append(logsnr[0] + 2 * math.log(2))
+        return (alpha * z - x) / sigma
+    seen = []
+    assert np.allclose(ablations.validate(perfect, 72, 16), 0, atol=1e-5) and np.allclose(seen, ablations.LEVELS, atol=1e-5)
+
+
+def test_ablations_changes_are_what_their_names_say(tmp_path, monkeypatch):
+    ablations = ablations_module()
+    for module, name in ((sampling, "UViT"), (losses, "sigmoid_weight"), (uvit, "wavelet_levels"), (train, "wavelet_levels")):
+        monkeypatch.setattr(module, name, getattr(module, name))                # put back afterwards
+    ablations.predict_eps()
+    config = vars(train.parse_config(["--res", "64"]))
+    torch.manual_seed(0)
+    model = sampling.network(config, 10)
+    torch.nn.init.normal_(model.project_out.weight)
+    plain = uvit.UViT(64, **uvit.PRESETS["tiny"], classes=10)
+    plain.load_state_dict(model.state_dict())
+    z, logsnr, label = torch.randn(2, 3, 64, 64), torch.tensor([-6., 4.]), torch.tensor([1, 2])
+    eps = losses.eps_from_v(z, model(z, logsnr, label), *schedule.alpha_sigma(logsnr))
+    assert torch.allclose(eps, plain(z, logsnr, label), atol=1e-4) and not torch.allclose(eps, model(z, logsnr, label), atol=.1)
+    ablations.weigh_as_elbo()
+    t, clock = torch.tensor([.2, .7], dtype=torch.double), schedule.logsnr_schedule("shifted", 64)
+    slope = (clock(t + 1e-5) - clock(t - 1e-5)) / 2e-5
+    assert torch.allclose(losses.sigmoid_weight(t, clock, 64).flatten(), -slope / 2, rtol=1e-6)
+    ablations.levels(2)()
+    assert sampling.network(vars(train.parse_config(["--res", "288"])), 0).levels == 2 and sampling.network(vars(train.parse_config(["--res", "64"])), 0).levels == 2
+    folder = ablations.few_pictures(tmp_path / "few", 24)
+    few = data.Pictures(folder, 24)
+    assert len(few.names) == 256 and few.classes == [f"{k:02d} petals" for k in range(3, 13)]
+
+
+def test_film_shows_noise_become_the_first_picture(tmp_path, trained_run):
+    flags = ["--ckpt", str(trained_run / "model.pt"), "--n", "3", "--steps", "9", "--out", str(tmp_path / "out")]
+    sampling.main([*flags, "--batch", "2"])
+    when = (tmp_path / "out/000000.png").read_bytes()
+    assert not (tmp_path / "out/film.png").exists()
+    sampling.main([*flags, "--batch", "2", "--film"])
+    film, picture = np.asarray(Image.open(tmp_path / "out/film.png")), np.asarray(Image.open(tmp_path / "out/000000.png"))
+    h, w, _ = picture.shape
+    assert film.shape == (2 * h, 9 * w, 3) and when == (tmp_path / "out/000000.png").read_bytes()
+    assert np.array_equal(film[h:, -w:], picture)                               # x_hat at the last step is the picture
+    noise = sampling.to_uint8(sampling.picture_noise(0, [0], h, "cpu")()[:1])[0]
+    assert np.array_equal(film[:h, :w], noise)
+
+
 @pytest.mark.parametrize("flags, words", [("nowhere", "nowhere: no picture there"), ("{tmp} --prompts {tmp}/none", "holds no line"),
                                           ("{tmp} --prompts nowhere", "No such file"), ("--new nowhere/prompts", "No such file")])
 def test_wrong_call_of_score_ends_with_exit_code_2(tmp_path, flags, words, capsys):

@@ -1,0 +1,301 @@
+"""The paper's findings, measured on flowers: each row of a finding is trained for the same steps,
+on the same pictures and noise, with each of several seeds; its samples and its errors are scored.
+
+    python benchmarks/ablations.py --finding schedule               on two CPU cores
+    python benchmarks/ablations.py --finding schedule --sizes 64 128 256 512 --model small
+
+Resumable: the same command goes on. It writes a table into benchmarks/RESULTS.md and a picture,
+benchmarks/FINDING.png. Sizes default to multiples of 9, whose transformer is at 9 x 9, since that
+is three times as fast on a CPU as 16 x 16.
+
+    structure, full     rms error of x_hat for flowers not trained on, at five noise levels, after
+                        averaging to 32 x 32 or just above (where logsnr is -4, -2, 0, 2, 4), and
+                        before
+    others              benchmarks/score.py, of samples by class without guidance
+"""
+import json
+import math
+import os
+import re
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+import loss
+import sample
+import score
+import train
+import uvit
+from data import Flowers, draw_flower
+from schedule import alpha_sigma, logsnr_schedule, side
+
+HERE = Path(__file__).parent
+LEVELS = -4., -2., 0., 2., 4.               # logsnr of the picture averaged to 32 x 32
+METRICS = dict(structure="{:.4f}", full="{:.4f}", asymmetry="{:.3f}", petals="{:.1%}",
+               distance="{:.3f}", detail="{:.2f}", speed="{:.1f}")
+UNITS = dict(structure="structure, rms", full="full, rms", petals="petals right",
+             speed="pictures/s")
+
+
+# ---------------------------------------------------------------------------- beyond the flags
+
+class EpsUViT(uvit.UViT):
+    """The same network, whose output is eps_hat: v = (eps - sigma z_t) / alpha."""
+
+    def forward(self, z, logsnr, label=None):
+        alpha, sigma = alpha_sigma(logsnr)
+        return (super().forward(z, logsnr, label) - sigma * z) / alpha
+
+
+def predict_eps():
+    sample.UViT = EpsUViT
+
+
+def weigh_as_elbo():
+    """-1/2 dlogsnr/dt: the weight that makes the error of eps the variational bound."""
+    def weight(t, logsnr, d):
+        _, slope = torch.func.jvp(logsnr, (t,), (torch.ones_like(t),))
+        return (-slope / 2)[:, None, None, None]
+    loss.sigmoid_weight = weight
+
+
+def levels(count):
+    """Levels of wavelet (or log2 of the convolution's stride), whatever the size."""
+    def change():
+        train.wavelet_levels = uvit.wavelet_levels = lambda res: count
+    return change
+
+
+def few_pictures(folder, res):
+    """256 flowers, a folder for each class, to be trained on again and again -> folder."""
+    for i in range(256):
+        file = folder / f"{3 + i % 10:02d} petals" / f"{i:03d}.png"
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            picture, _ = draw_flower(np.random.default_rng((11, i)), 3 + i % 10, res)
+            Image.fromarray((picture * 255).round().astype(np.uint8)).save(file)
+    return folder
+
+
+# Finding: what the paper says, sizes, and rows: name -> (flags, change). The first row is the one
+# that others are compared with.
+FINDINGS = dict(
+    schedule=("Shifted beats cosine at 128 and above, more at 256 (Section 3.1)", (72, 144, 288), {
+        "cosine": ("--schedule cosine", None), "shifted, 64": ("--noise-d 64", None),
+        "shifted, 32": ("--noise-d 32", None), "interpolated": ("--schedule interpolated", None)}),
+    multiscale=("At 512 and above the multiscale loss helps (Section 3.2)", (576,), {
+        "off": ("--multiscale off", None), "on": ("--multiscale on", None)}),
+    dropout=("Dropout at the bottom helps, everywhere less (Section 3.4)", (72,), {
+        "none": ("--dropout 0", None), "everywhere": ("--dropout 0.2 --dropout-res 4096", None),
+        "bottom": ("--dropout 0.2", None)}),
+    blocks=("More blocks at 16 x 16 are better (Section 3.3)", (72,), {
+        f"{n}": (f"--blocks-16 {n}", None) for n in (1, 2, 4, 8)}),
+    patch=("The wavelet is as good as none and faster, a convolution a little worse (Section 3.3)",
+           (288,), {
+               "none": ("--patch none", None),
+               "DWT-1": ("", levels(1)), "DWT-2": ("", levels(2)),
+               "conv 2 x 2": ("--patch conv", levels(1)),
+               "conv 4 x 4": ("--patch conv", levels(2))}),
+    prediction=("v is predicted, eps weighs 1 (Section 2)", (72,), {
+        "v, weight 1": ("", None), "eps, weight 1": ("", predict_eps),
+        "v, weight of the ELBO": ("--loss sid2", weigh_as_elbo)}))
+
+
+# ---------------------------------------------------------------------------- one row, one seed
+
+def validate(model, res, count=64):
+    """-> rms error of x_hat (2, levels): averaged to 32 x 32 or just above, and as it is."""
+    fresh = Flowers(res, seed=1_000_003)
+    x, label = (torch.stack(part) for part in zip(*[fresh[n][:2] for n in range(count)]))
+    eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    times = max(0, int(math.log2(side(res) / 32)))
+    errors = []
+    with torch.no_grad():
+        for level in LEVELS:
+            logsnr = torch.full((count,), level - 2 * math.log(2**times))       # Eq. 4
+            alpha, sigma = alpha_sigma(logsnr)
+            z = alpha * x + sigma * eps
+            v = torch.cat([model(*part) for part in zip(z.split(16), logsnr.split(16),
+                                                        label.split(16))])
+            error = loss.x_from_v(z, v, alpha, sigma) - x
+            errors.append([F.avg_pool2d(error, 2**times).square().mean().sqrt().item(),
+                           error.square().mean().sqrt().item()])
+    return torch.tensor(errors).T.tolist()
+
+
+def cell(finding, res, name, seed, args):
+    """Train, sample and score one row with one seed, in a process of its own -> its folder."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
+    flags, change = FINDINGS[finding][2][name]
+    out = folder(finding, res, name, seed, args)
+    if (out / "scores.json").exists():
+        return out
+    if change:
+        change()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    data = ["--data", str(args.out / f"few-{res}")] * (finding == "dropout")
+    train.main([*flags.split(), *data, "--res", str(res), "--model", args.model, "--batch",
+                str(args.batch), "--lr", str(args.lr), "--steps", str(args.steps), "--seed",
+                str(seed), "--out", str(out), "--sample-every", "0"])
+    device, bf16 = sample.pick_device()
+    model, saved = sample.load_model(out / "model.pt", device)
+    config = saved["config"]
+    logsnr = logsnr_schedule(config["schedule"], config["res"], config["noise_d"])
+    drawn, decided = [], {}
+    for start in range(0, args.samples, 40):
+        indices = range(start, min(start + 40, args.samples))
+        label = torch.tensor([i % 10 for i in indices], device=device)
+        noise, shots = sample.picture_noise(seed, indices, config["res"], device), []
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            drawn.append(sample.sample(
+                model, logsnr, noise, args.sample_steps, label,
+                watch=lambda z, x_hat: shots.append(sample.to_uint8(x_hat[:1]))))
+        decided = decided or {t: shots[round((1 - t) * args.sample_steps)][0]
+                              for t in (.8, .5, .2)}
+    x = (torch.cat(drawn).cpu() + 1) / 2
+    pictures = sample.to_uint8(x * 2 - 1)
+    sample.grid(list(pictures[:40]), 10).save(out / "samples.png")
+    np.save(out / "decided.npy", np.stack([*decided.values(), pictures[0]]))
+    truth, _, _ = score.real(500, res, seed=7)
+    found = score.score(x) | score.compare(x, truth)
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    errors = validate(model.cpu(), config["res"])
+    right = found["petals"] == torch.arange(len(x)) % 10 + 3
+    scores = dict(errors=errors, structure=np.mean(errors[0]), full=np.mean(errors[1]),
+                  asymmetry=found["asymmetry"].median().item(), petals=right.float().mean().item(),
+                  distance=found["distance"], detail=found["detail"],
+                  speed=float(np.median([line["images_per_second"] for line in lines
+                                         if "images_per_second" in line])))
+    (out / "scores.json").write_text(json.dumps(scores))
+    return out
+
+
+def folder(finding, res, name, seed, args):
+    slug = re.sub(r"\W+", "-", name)
+    return args.out / f"{finding}-{args.model}-{res}-{slug}-{args.steps}x{args.batch}-{seed}"
+
+
+# ---------------------------------------------------------------------------- table and picture
+
+def table(finding, sizes, args):
+    says, _, rows = FINDINGS[finding]
+    metrics = [m for m in METRICS if m != "speed" or finding in ("patch", "blocks")]
+    heads = " | ".join(UNITS.get(m, m) for m in metrics)
+    lines = [f"*{says}.* `{args.model}`, {args.steps} steps of {args.batch}, learning rate "
+             f"{args.lr:g}, seeds 0 to {args.seeds - 1}: mean ± deviation. {args.samples} samples "
+             f"each, {args.sample_steps} ancestral steps, no guidance.", "",
+             f"| size | row | {heads} |", "|-" * (2 + len(metrics)) + "|"]
+    scores = {(res, name): [json.loads((folder(finding, res, name, seed, args)
+                                        / "scores.json").read_text()) for seed in range(args.seeds)]
+              for res in sizes for name in rows}
+    for res in sizes:
+        for name in rows:
+            values = {m: [s[m] for s in scores[res, name]] for m in metrics}
+            said = [METRICS[m].format(np.mean(v)) + " ± " + METRICS[m].format(np.std(v, ddof=1))
+                    if len(v) > 1 else METRICS[m].format(v[0]) for m, v in values.items()]
+            lines.append(f"| {res} | {name} | {' | '.join(said)} |")
+        x, petals, _ = score.real(args.samples, res)
+        found = score.score(x) | score.compare(x, score.real(500, res, seed=7)[0])
+        true = dict(petals=(found["petals"] == petals).float().mean().item(),
+                    asymmetry=found["asymmetry"].median().item(), distance=found["distance"],
+                    detail=found["detail"])
+        said = [METRICS[m].format(true[m]) if m in true else "" for m in metrics]
+        lines.append(f"| {res} | real flowers | {' | '.join(said)} |")
+    first, *others = rows
+    lines += ["", f"Less than {first} by, mean ± deviation over the seeds (same pictures, same "
+              "noise):", "", "| size | row | structure | asymmetry | distance |", "|-|-|-|-|-|"]
+    for res in sizes:
+        for name in others:
+            said = []
+            for m in ("structure", "asymmetry", "distance"):
+                gaps = [a[m] - b[m] for a, b in zip(scores[res, first], scores[res, name])]
+                said.append(f"{np.mean(gaps):+.4f}"
+                            + (f" ± {np.std(gaps, ddof=1):.4f}" if len(gaps) > 1 else ""))
+            lines.append(f"| {res} | {name} | {' | '.join(said)} |")
+    return "\n".join(lines)
+
+
+def label_rows(sheets, names, title):
+    """Pictures, one below the other, each with its name at its left."""
+    font, left, gap = ImageFont.load_default(15), 170, 4
+    width = left + max(sheet.width for sheet in sheets)
+    page = Image.new("RGB", (width, 26 + sum(sheet.height + gap for sheet in sheets)), "white")
+    draw, y = ImageDraw.Draw(page), 26
+    draw.text((left, 4), title, "black", font)
+    for sheet, name in zip(sheets, names):
+        draw.text((6, y + sheet.height / 2), name, "black", font, "lm")
+        page.paste(sheet, (left, y))
+        y += sheet.height + gap
+    return page
+
+
+def pictures(finding, sizes, args):
+    """Samples of seed 0, a class a column; for schedules also what is decided when (Figure 3)."""
+    sheets, names, decided, whose = [], [], [], []
+    for res in sizes:
+        for name in FINDINGS[finding][2]:
+            out = folder(finding, res, name, 0, args)
+            samples = Image.open(out / "samples.png").crop((0, 0, 10 * res, res))
+            sheets.append(samples.resize((720, 72), Image.Resampling.LANCZOS))
+            names.append(f"{res}, {name}")
+            if name in ("cosine", "shifted, 32"):
+                strip = sample.grid(list(np.load(out / "decided.npy")), 4)
+                decided.append(strip.resize((4 * 144, 144), Image.Resampling.LANCZOS))
+                whose.append(f"{res}, {name}")
+    label_rows(sheets, names, "3 to 12 petals").save(HERE / f"{finding}.png")
+    if finding == "schedule":
+        title = "x_hat at t = 0.8" + 17 * " " + "0.5" + 30 * " " + "0.2" + 30 * " " + "0"
+        label_rows(decided, whose, title).save(HERE / "decided.png")
+
+
+def write_result(finding, text):
+    """Put text between the marks of this finding, made at the end of the file if there are none."""
+    path = HERE / "RESULTS.md"
+    start, end = f"<!-- {finding} -->", f"<!-- end of {finding} -->"
+    page = path.read_text(encoding="utf-8") if path.exists() else "# Results\n"
+    if start not in page:
+        page = f"{page.rstrip()}\n\n## Finding: {finding}\n\n{start}\n{end}\n"
+    before, rest = page.split(start, 1)
+    path.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")
+
+
+def main(argv=None):
+    parser = sample.Parser(description="Measure a finding of the paper on flowers.")
+    parser.add_argument("--finding", choices=FINDINGS, required=True)
+    parser.add_argument("--sizes", type=int, nargs="+", help="(default: the finding's own)")
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--sample-steps", type=int, default=64)
+    parser.add_argument("--jobs", type=int, default=1 if torch.cuda.is_available() else 2,
+                        help="rows at a time, the cores shared")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
+    args = parser.parse_args(argv)
+    _, own, rows = FINDINGS[args.finding]
+    sizes = args.sizes or own
+    os.environ["TQDM_DISABLE"] = "1"        # several bars would run into each other
+    for res in sizes:
+        few_pictures(args.out / f"few-{res}", res)
+    cells = [(args.finding, res, name, seed, args)
+             for seed in range(args.seeds) for res in sizes for name in rows]
+    with ProcessPoolExecutor(args.jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
+        for done in pool.map(cell, *zip(*cells)):
+            print(done, flush=True)
+    text = table(args.finding, sizes, args)
+    print(text)
+    write_result(args.finding, text)
+    pictures(args.finding, sizes, args)
+
+
+if __name__ == "__main__":
+    main()

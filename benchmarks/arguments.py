@@ -1,0 +1,137 @@
+"""The paper's two arguments, computed from our own modules.
+
+    python benchmarks/arguments.py table1       why to scale at 16 x 16 (Section 3.3, Table 1)
+    python benchmarks/arguments.py gradient     why high resolutions are noisy to learn from (3.2)
+
+table1 needs no weights: it counts on PyTorch's meta device. Bytes are those of training: 2 for
+each activation that the backward pass keeps (bfloat16), 20 for each weight (float32 weight,
+gradient, Adam's two moments, EMA).
+"""
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from data import Flowers
+from loss import eps_from_v
+from sample import Parser, fail, load_model
+from schedule import alpha_sigma, logsnr_schedule, side
+from train import draw_noise
+from uvit import PRESETS, AttentionBlock, MLPBlock, ResBlock
+
+MIB, GIB = 2**20, 2**30
+
+
+class Transformer(nn.Module):
+    """One block of the U-ViT's transformer on a map: (B, C, H, W) -> same."""
+
+    def __init__(self, width, head, emb):
+        super().__init__()
+        self.mlp, self.attention = MLPBlock(width, emb, 0.0), AttentionBlock(width, head)
+
+    def forward(self, x, emb):
+        tokens = x.flatten(2).mT
+        return self.attention(self.mlp(tokens, emb)).mT.reshape(x.shape)
+
+
+def cost(block, x, *inputs):
+    """Bytes of activations that the backward pass keeps, bytes of weights, FLOPs, for all of x."""
+    kept = {}
+
+    def keep(tensor):
+        whole = tensor if tensor._base is None else tensor._base    # a view takes no memory
+        if not isinstance(whole, nn.Parameter) and tensor.is_floating_point():
+            kept[id(whole)] = whole
+        return tensor
+
+    with FlopCounterMode(display=False) as counter, saved_tensors_hooks(keep, lambda part: part):
+        block(x, *inputs)
+    features = sum(2 * tensor.numel() for tensor in kept.values())
+    return features, 20 * sum(p.numel() for p in block.parameters()), counter.get_total_flops()
+
+
+def table1():
+    """Features and kernels by level for a batch of 1024: of a convolution, and of our blocks."""
+    batch, preset = 1024, PRESETS["paper"]
+    print("One 3 x 3 convolution (output and kernel), batch 1024, as in the paper's Table 1:\n")
+    print("| size | width | features, GiB | kernel, MiB | GFLOPs a picture |\n|-|-|-|-|-|")
+    for size, width in ((256, 128), (128, 128), (64, 256), (32, 512), (16, 1024)):
+        with torch.device("meta"):
+            conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
+            x = torch.empty(1, width, size, size)
+        with FlopCounterMode(display=False) as counter:
+            h = conv(x)
+        print(f"| {size} | {width} | {batch * 2 * h.numel() / GIB:.2f} | "
+              f"{20 * conv.weight.numel() / MIB:.1f} | {counter.get_total_flops() / 1e9:.2f} |")
+    print("\nOne block of ours (`--model paper`), all that its backward pass keeps:\n")
+    print("| size | block | features, GiB | weights, MiB | GFLOPs a picture "
+          "| bytes of features a byte of weights |\n|-|-|-|-|-|-|")
+    for size, width in zip((128, 64, 32, 16), preset["widths"]):
+        with torch.device("meta"):
+            x, emb = torch.empty(1, width, size, size), torch.empty(1, preset["emb"])
+            block = ResBlock(width, preset["emb"], 0.0, False) if size > 16 else \
+                Transformer(width, preset["head"], preset["emb"])
+        features, weights, flops = cost(block, x.requires_grad_(), emb)
+        kind = "ResBlock" if size > 16 else "transformer"
+        print(f"| {size} | {kind}, {width} | {batch * features / GIB:.1f} | {weights / MIB:.1f} "
+              f"| {flops / 1e9:.2f} | {batch * features / weights:,.1f} |")
+
+
+def gradient(ckpt, pictures):
+    """Noise of the gradient of each scale's loss: its variance from picture to picture over its
+    squared mean, which is about the batch that is needed before the mean shows.
+    """
+    try:
+        model, saved = load_model(ckpt, torch.device("cpu"))
+    except ValueError as error:
+        fail(f"--ckpt {error}")
+    config = saved["config"]
+    res = config["res"]
+    logsnr, data = logsnr_schedule(config["schedule"], res, config["noise_d"]), Flowers(res, 7)
+    model.requires_grad_(True)
+    weights = list(model.parameters())
+    scales = [2**k for k in range(12) if side(res) / 2**k >= 31]
+    sums = [[torch.zeros_like(p) for p in weights] for _ in scales]
+    squares = [0.0 for _ in scales]
+    for n in range(pictures):
+        x, label, _ = data[n]
+        t, eps, _ = draw_noise(7, n, 1, res, "cpu")
+        alpha, sigma = alpha_sigma(logsnr(t))
+        z = alpha * x[None] + sigma * eps
+        error = eps - eps_from_v(z, model(z, logsnr(t), label[None]), alpha, sigma)
+        for k, by in enumerate(scales):
+            loss = F.avg_pool2d(error, by).square().mean()
+            parts = torch.autograd.grad(loss, weights, retain_graph=by != scales[-1],
+                                        allow_unused=True)
+            for total, part in zip(sums[k], parts):
+                if part is not None:
+                    total += part
+                    squares[k] += part.square().sum().item()
+    print(f"{ckpt}, {res}, {pictures} pictures\n")
+    print("| scale | variance of a picture's gradient over the square of its mean |\n|-|-|")
+    for by, total, square in zip(scales, sums, squares):
+        mean = sum((part / pictures).square().sum().item() for part in total)
+        variance = (square / pictures - mean) * pictures / (pictures - 1)
+        signal = mean - variance / pictures         # the mean's own noise taken out
+        said = f"{variance / signal:,.0f}" if signal > 0 else "more than can be measured"
+        print(f"| {side(res) / by:.0f} | {said} |")
+
+
+def main(argv=None):
+    parser = Parser(description="Compute an argument of the paper.")
+    parser.add_argument("argument", choices=["table1", "gradient"])
+    parser.add_argument("--ckpt", default="assets/flowers.pt", help="model.pt of a large --res")
+    parser.add_argument("--pictures", type=int, default=400)
+    args = parser.parse_args(argv)
+    if args.argument == "table1":
+        return table1()
+    gradient(args.ckpt, args.pictures)
+
+
+if __name__ == "__main__":
+    main()
