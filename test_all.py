@@ -2750,9 +2750,14 @@ def test_wrong_call_of_sample_is_one_line_and_exit_code_2(tmp_path, trained_run,
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_sample_without_a_model_says_how_to_get_one(tmp_path, monkeypatch, capsys):
+def test_sample_without_a_run_draws_with_the_released_weights(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert "no model.pt under runs/: train one first (python train.py) or name it (--ckpt)" in one_line(capsys, sampling.main, [])
+    sampling.main(["--n", "1", "--steps", "1"])
+    assert "assets/flowers.pt" in capsys.readouterr().out
+    sampling.main(["--prompt", "a red flower", "--steps", "1"])
+    assert "assets/words.pt" in capsys.readouterr().out
+    for name in ("flowers.pt", "words.pt"):
+        assert (HERE / "assets" / name).stat().st_size <= 16e6
 
 
 def test_sample_killed_half_way_goes_on_to_the_same_pictures(tmp_path, trained_run, monkeypatch, capsys):

@@ -4,6 +4,7 @@
     python benchmarks/mutants.py trainer      the trainer and the loader
     python benchmarks/mutants.py survival     what a run survives, and what is refused
     python benchmarks/mutants.py words        captions, shapes, the U-Net, SiD2
+    python benchmarks/mutants.py findings     scores, ablations, the paper's arguments, the film
 
 Each row is one wrong sign, factor, argument or index, and the first test that it turns red. A row that
 ends in SURVIVED is a formula no test guards; the exit code counts them.
@@ -293,6 +294,28 @@ WORDS_MUTANTS = [
     ("benchmarks/score.py", "if never_shown(colour, k)]", "if not never_shown(colour, k)]", "score_asks"),
 ]
 
+FINDINGS_MUTANTS = [
+    ("sample.py", "        watch(z, x_hat)\n", "        watch(x_hat, z)\n", "film"),
+    ("sample.py", "(args.steps - 1) / 8", "(args.steps - 1) / 9", "film"),
+    ("sample.py", "if args.film and 0 in indices", "if args.film", "film"),
+    ("sample.py", "unseen = args.film and start == 0 and not", "unseen = False and not", "film"),
+    ("benchmarks/score.py", "finest[0] - finest[1]", "finest[1] - finest[0]", "detail"),
+    ("benchmarks/score.py", "y.square()).sqrt() / .5", "y.square()).sqrt() / .25", "octaves"),
+    ("benchmarks/score.py", "B.trace() - 2 * root", "B.trace() - root", "octaves"),
+    ("benchmarks/score.py", "(apart / B.trace())", "apart", "octaves"),
+    ("benchmarks/score.py", "clamp(min=1e-6 * spread.max()).sqrt()", "clamp(min=1e-6 * spread.max())", "octaves"),
+    ("benchmarks/ablations.py", "level - 2 * math.log(2**times)", "level - math.log(2**times)", "ablations"),
+    ("benchmarks/ablations.py", "F.avg_pool2d(error, 2**times)", "error", "ablations"),
+    ("benchmarks/ablations.py", "sigma * z) / alpha", "sigma * z) * alpha", "ablations"),
+    ("benchmarks/ablations.py", "return (-slope / 2)", "return (-slope)", "ablations"),
+    ("benchmarks/ablations.py", "gaps = [a[m] - b[m]", "gaps = [b[m] - a[m]", "ablations"),
+    ("benchmarks/ablations.py", "    if (out / \"scores.json\").exists():\n        return out\n", "", "ablations"),
+    ("benchmarks/arguments.py", "2 * tensor.numel() for", "4 * tensor.numel() for", "table_1"),
+    ("benchmarks/arguments.py", "20 * conv.weight.numel()", "16 * conv.weight.numel()", "table_1"),
+    ("benchmarks/arguments.py", "mean - variance / pictures", "mean", "gradient_noise"),
+    ("benchmarks/arguments.py", "* pictures / (pictures - 1)", "", "gradient_noise"),
+]
+
 
 def main(mutants):
     survived = 0
@@ -319,5 +342,5 @@ def main(mutants):
 
 if __name__ == "__main__":
     lists = dict(formulas=[(*mutant, TESTS) for mutant in MUTANTS], trainer=TRAINER_MUTANTS, survival=SURVIVAL_MUTANTS,
-                 words=WORDS_MUTANTS)
+                 words=WORDS_MUTANTS, findings=FINDINGS_MUTANTS)
     sys.exit(main(lists[(sys.argv[1:] or ["formulas"])[0]]))
