@@ -353,7 +353,8 @@ def main(argv=None):
                 held.write(json.dumps(settings).encode())
             if trouble[0] and not text:
                 (out / "settings.json").unlink()
-            for name in ["samples.npz", "grid.png", "film.png", *pictures] if not trouble[0] else []:
+            made = ["samples.npz", "grid.png", "film.png", *pictures]
+            for name in made if not trouble[0] else []:
                 (out / f"{name}.part").unlink(missing_ok=True)      # of a command that was killed
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         trouble = [f"--out {out}: cannot be used ({error}): name another folder"]
@@ -364,11 +365,13 @@ def main(argv=None):
         fail(trouble[0])
 
     # -- fixed batches, batch k by rank k mod world: the same pictures on any number of ranks
+    shown = {round(k * (args.steps - 1) / 8) for k in range(9)}     # steps of the film
+
     def save_pictures(indices):
-        shots = []                          # of the first picture: z_t, x_hat at each step
+        shots, steps = [], iter(range(args.steps))      # of the first picture: z_t, x_hat
 
         def watch(z, x_hat):
-            if args.film and 0 in indices:
+            if next(steps) in shown and args.film and 0 in indices:
                 shots.append((z[:1].cpu(), x_hat[:1].cpu()))
 
         label = torch.stack([wanted[i % len(wanted)] for i in indices]).to(device)
@@ -377,9 +380,8 @@ def main(argv=None):
             x = sample(model, logsnr, noise, args.steps, label, args.sampler, args.gamma,
                        args.guidance, args.guidance_interval, bar=rank == 0, watch=watch)
         if shots:
-            shown = [shots[round(k * (args.steps - 1) / 8)] for k in range(9)]
-            tiles = to_uint8(torch.cat([shot[row] for row in (0, 1) for shot in shown]))
-            sheet = grid(list(np.rot90(tiles, -args.portrait, (1, 2))), 9)
+            tiles = to_uint8(torch.cat([shot[row] for row in (0, 1) for shot in shots]))
+            sheet = grid(list(np.rot90(tiles, -args.portrait, (1, 2))), len(shots))
             write(out / "film.png", lambda file: sheet.save(file, "PNG"))
         for i, picture in zip(indices, np.rot90(to_uint8(x), -args.portrait, (1, 2))):
             write(out / pictures[i], lambda file: Image.fromarray(picture).save(file, "PNG"))

@@ -1245,17 +1245,24 @@ def test_gradient_noise_is_that_of_a_slow_loop(tmp_path, capsys):
     torch.save(dict(format=2, config=config, classes=data.Flowers(64).classes, step=1, ema=model.state_dict()), tmp_path / "model.pt")
     arguments.main(["gradient", "--ckpt", str(tmp_path / "model.pt"), "--pictures", "6"])
     said = capsys.readouterr().out
-    logsnr, gradients = schedule.logsnr_schedule("shifted", 64), []
-    for n in range(6):
-        x, label, _ = data.Flowers(64, 7)[n]
-        t, eps, _ = train.draw_noise(7, n, 1, 64, "cpu")
-        model.zero_grad()
-        losses.diffusion_loss(model, x[None], t, eps, logsnr, label[None]).backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).double())
-    gradients = torch.stack(gradients)
-    variance, mean = gradients.var(0).sum(), gradients.mean(0).square().sum()
-    expected = variance / (mean - variance / 6)
-    assert (f"| 64 | {expected:,.0f} |" if expected > 0 else "| 64 | more than") in said and "| 32 | " in said
+    logsnr, said = schedule.logsnr_schedule("shifted", 64), dict(re.findall(r"^\| (\d+) \| (.*) \|$", said, re.MULTILINE))
+    assert list(said) == ["64", "32"]
+    for size in (64, 32):
+        gradients = []
+        for n in range(6):
+            x, label, _ = data.Flowers(64, 7)[n]
+            t, eps, _ = train.draw_noise(7, n, 1, 64, "cpu")
+            alpha, sigma = schedule.alpha_sigma(logsnr(t))
+            model.zero_grad()
+            error = eps - losses.eps_from_v(alpha * x + sigma * eps, model(alpha * x + sigma * eps, logsnr(t), label[None]), alpha, sigma)
+            error.view(1, 3, size, 64 // size, size, 64 // size).mean((3, 5)).square().mean().backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).double())
+        gradients = torch.stack(gradients)
+        variance, mean = gradients.var(0).sum(), gradients.mean(0).square().sum()
+        expected = variance / (mean - variance / 6)
+        assert said[str(size)] == (f"{expected:,.0f}" if expected > 0 else "more than can be measured"), size
+    torch.save(dict(format=2, config=config, classes=[], step=1, ema=sampling.network(config, 0).state_dict()), tmp_path / "model.pt")
+    assert "was not trained on the flowers by class" in one_line(capsys, arguments.main, ["gradient", "--ckpt", str(tmp_path / "model.pt")])
 
 
 def ablations_module():
@@ -1273,15 +1280,15 @@ def test_ablations_train_score_and_write_a_table_and_go_on(tmp_path, monkeypatch
              "--out", str(tmp_path / "runs")]
     ablations.main(flags)
     page = (tmp_path / "RESULTS.md").read_text()
-    scores = {(name, seed): json.loads((tmp_path / f"runs/multiscale-tiny-64-{name}-2x2-{seed}/scores.json").read_text()) for name in ("off", "on") for seed in (0, 1)}
+    scores = {(name, seed): json.loads((tmp_path / f"runs/multiscale-tiny-64-{name}-2x2-0.001-{seed}/scores.json").read_text()) for name in ("off", "on") for seed in (0, 1)}
     two = [scores["on", seed]["structure"] for seed in (0, 1)]
     assert f"| 64 | on | {np.mean(two):.4f} ± {abs(two[0] - two[1]) / 2**.5:.4f} |" in page and page.startswith("# Results\n\nbefore\n")
     gaps = [scores["off", seed]["structure"] - scores["on", seed]["structure"] for seed in (0, 1)]
     assert f"| 64 | on | {np.mean(gaps):+.4f} ± {abs(gaps[0] - gaps[1]) / 2**.5:.4f} |" in page
-    assert Image.open(tmp_path / "multiscale.png").size[0] > 720
-    when = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("*.pt")}
+    assert Image.open(tmp_path / "multiscale-tiny.png").size[0] > 720
+    when = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("*.*") if file.suffix in (".pt", ".json")}
     ablations.main(flags)
-    assert when == {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("*.pt")} and (tmp_path / "RESULTS.md").read_text() == page
+    assert when == {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("*.*") if file.suffix in (".pt", ".json")} and (tmp_path / "RESULTS.md").read_text() == page
 
 
 def test_ablations_error_is_that_of_a_known_network():
@@ -1318,7 +1325,9 @@ def test_ablations_changes_are_what_their_names_say(tmp_path, monkeypatch):
     ablations.weigh_as_elbo()
     t, clock = torch.tensor([.2, .7], dtype=torch.double), schedule.logsnr_schedule("shifted", 64)
     slope = (clock(t + 1e-5) - clock(t - 1e-5)) / 2e-5
-    assert torch.allclose(losses.sigmoid_weight(t, clock, 64).flatten(), -slope / 2, rtol=1e-6)
+    assert torch.allclose(losses.sigmoid_weight(t, clock, 64).flatten(), -slope / 30, rtol=1e-6)
+    t = torch.linspace(0, 1, 20_001, dtype=torch.double)
+    assert abs(losses.sigmoid_weight(t, clock, 64).mean() - 1) < .03
     ablations.levels(2)()
     assert sampling.network(vars(train.parse_config(["--res", "288"])), 0).levels == 2 and sampling.network(vars(train.parse_config(["--res", "64"])), 0).levels == 2
     folder = ablations.few_pictures(tmp_path / "few", 24)
@@ -1338,6 +1347,10 @@ def test_film_shows_noise_become_the_first_picture(tmp_path, trained_run):
     assert np.array_equal(film[h:, -w:], picture)                               # x_hat at the last step is the picture
     noise = sampling.to_uint8(sampling.picture_noise(0, [0], h, "cpu")()[:1])[0]
     assert np.array_equal(film[:h, :w], noise)
+    sampling.main([*flags[:-1], str(tmp_path / "at once"), "--batch", "2", "--film"])
+    assert (tmp_path / "at once/film.png").read_bytes() == (tmp_path / "out/film.png").read_bytes()
+    sampling.main([*flags[:-3], "25", "--n", "1", "--out", str(tmp_path / "long"), "--film"])
+    assert Image.open(tmp_path / "long/film.png").size == (9 * w, 2 * h)
 
 
 @pytest.mark.parametrize("flags, words", [("nowhere", "nowhere: no picture there"), ("{tmp} --prompts {tmp}/none", "holds no line"),

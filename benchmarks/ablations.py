@@ -5,8 +5,9 @@ on the same pictures and noise, with each of several seeds; its samples and its 
     python benchmarks/ablations.py --finding schedule --sizes 64 128 256 512 --model small
 
 Resumable: the same command goes on. It writes a table into benchmarks/RESULTS.md and a picture,
-benchmarks/FINDING.png. Sizes default to multiples of 9, whose transformer is at 9 x 9, since that
-is three times as fast on a CPU as 16 x 16.
+benchmarks/FINDING-MODEL.png. Sizes default to multiples of 9, whose transformer is at 9 x 9, since
+that is three times as fast on a CPU as 16 x 16. The top level of the network is at least as wide as
+there are bands of the wavelet, which `tiny` (16 wide) would else not let through.
 
     structure, full     rms error of x_hat for flowers not trained on, at five noise levels, after
                         averaging to 32 x 32 or just above (where logsnr is -4, -2, 0, 2, 4), and
@@ -33,6 +34,7 @@ import sample
 import score
 import train
 import uvit
+from checkpoint import write
 from data import Flowers, draw_flower
 from schedule import alpha_sigma, logsnr_schedule, side
 
@@ -59,10 +61,12 @@ def predict_eps():
 
 
 def weigh_as_elbo():
-    """-1/2 dlogsnr/dt: the weight that makes the error of eps the variational bound."""
+    """-1/2 dlogsnr/dt: the weight that makes the error of eps the variational bound, over its mean
+    (15, half of the range of logsnr): else it is clipped for its size alone.
+    """
     def weight(t, logsnr, d):
         _, slope = torch.func.jvp(logsnr, (t,), (torch.ones_like(t),))
-        return (-slope / 2)[:, None, None, None]
+        return (-slope / 2 / 15)[:, None, None, None]
     loss.sigmoid_weight = weight
 
 
@@ -92,12 +96,13 @@ FINDINGS = dict(
         "shifted, 32": ("--noise-d 32", None), "interpolated": ("--schedule interpolated", None)}),
     multiscale=("At 512 and above the multiscale loss helps (Section 3.2)", (576,), {
         "off": ("--multiscale off", None), "on": ("--multiscale on", None)}),
-    dropout=("Dropout at the bottom helps, everywhere less (Section 3.4)", (72,), {
+    dropout=("Dropout at the bottom helps, everywhere less (Section 3.4); here on 256 pictures", (72,), {
         "none": ("--dropout 0", None), "everywhere": ("--dropout 0.2 --dropout-res 4096", None),
         "bottom": ("--dropout 0.2", None)}),
     blocks=("More blocks at 16 x 16 are better (Section 3.3)", (72,), {
         f"{n}": (f"--blocks-16 {n}", None) for n in (1, 2, 4, 8)}),
-    patch=("The wavelet is as good as none and faster, a convolution a little worse (Section 3.3)",
+    patch=("The wavelet is as good as none and faster, a convolution a little worse (Section 3.3); "
+           "here blocks above are dropped, where the paper moves them down",
            (288,), {
                "none": ("--patch none", None),
                "DWT-1": ("", levels(1)), "DWT-2": ("", levels(2)),
@@ -105,12 +110,12 @@ FINDINGS = dict(
                "conv 4 x 4": ("--patch conv", levels(2))}),
     prediction=("v is predicted, eps weighs 1 (Section 2)", (72,), {
         "v, weight 1": ("", None), "eps, weight 1": ("", predict_eps),
-        "v, weight of the ELBO": ("--loss sid2", weigh_as_elbo)}))
+        "v, weight of ELBO": ("--loss sid2", weigh_as_elbo)}))
 
 
 # ---------------------------------------------------------------------------- one row, one seed
 
-def validate(model, res, count=64):
+def validate(model, res, count=64, device="cpu"):
     """-> rms error of x_hat (2, levels): averaged to 32 x 32 or just above, and as it is."""
     fresh = Flowers(res, seed=1_000_003)
     x, label = (torch.stack(part) for part in zip(*[fresh[n][:2] for n in range(count)]))
@@ -122,8 +127,8 @@ def validate(model, res, count=64):
             logsnr = torch.full((count,), level - 2 * math.log(2**times))       # Eq. 4
             alpha, sigma = alpha_sigma(logsnr)
             z = alpha * x + sigma * eps
-            v = torch.cat([model(*part) for part in zip(z.split(16), logsnr.split(16),
-                                                        label.split(16))])
+            v = torch.cat([model(*[given.to(device) for given in part]).cpu() for part in
+                           zip(z.split(16), logsnr.split(16), label.split(16))])
             error = loss.x_from_v(z, v, alpha, sigma) - x
             errors.append([F.avg_pool2d(error, 2**times).square().mean().sqrt().item(),
                            error.square().mean().sqrt().item()])
@@ -135,17 +140,26 @@ def cell(finding, res, name, seed, args):
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
     flags, change = FINDINGS[finding][2][name]
     out = folder(finding, res, name, seed, args)
-    if (out / "scores.json").exists():
-        return out
+    settings = dict(samples=args.samples, sample_steps=args.sample_steps)
+    try:
+        if json.loads((out / "scores.json").read_text())["settings"] == settings:
+            return out
+    except OSError:
+        pass
+    bands = 3 * 4**uvit.wavelet_levels(res)
+    top, *widths = uvit.PRESETS[args.model]["widths"]
+    uvit.PRESETS[args.model]["widths"] = (max(top, bands if bands > 3 else 0), *widths)
     if change:
         change()
     out.parent.mkdir(parents=True, exist_ok=True)
     data = ["--data", str(args.out / f"few-{res}")] * (finding == "dropout")
     train.main([*flags.split(), *data, "--res", str(res), "--model", args.model, "--batch",
-                str(args.batch), "--lr", str(args.lr), "--steps", str(args.steps), "--seed",
-                str(seed), "--out", str(out), "--sample-every", "0"])
+                str(args.batch), "--lr", str(args.lr), "--warmup", "100", "--steps",
+                str(args.steps), "--seed", str(seed), "--out", str(out), "--sample-every", "0"])
     device, bf16 = sample.pick_device()
     model, saved = sample.load_model(out / "model.pt", device)
+    if saved["step"] < args.steps:          # told to stop: saved, but not done
+        raise KeyboardInterrupt
     config = saved["config"]
     logsnr = logsnr_schedule(config["schedule"], config["res"], config["noise_d"])
     drawn, decided = [], {}
@@ -163,23 +177,24 @@ def cell(finding, res, name, seed, args):
     pictures = sample.to_uint8(x * 2 - 1)
     sample.grid(list(pictures[:40]), 10).save(out / "samples.png")
     np.save(out / "decided.npy", np.stack([*decided.values(), pictures[0]]))
-    truth, _, _ = score.real(500, res, seed=7)
+    truth, _, _ = score.real(500, res, seed=1_000_005)
     found = score.score(x) | score.compare(x, truth)
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    errors = validate(model.cpu(), config["res"])
+    errors = validate(model, config["res"], device=device)
     right = found["petals"] == torch.arange(len(x)) % 10 + 3
-    scores = dict(errors=errors, structure=np.mean(errors[0]), full=np.mean(errors[1]),
+    scores = dict(settings=settings, errors=errors, structure=np.mean(errors[0]), full=np.mean(errors[1]),
                   asymmetry=found["asymmetry"].median().item(), petals=right.float().mean().item(),
                   distance=found["distance"], detail=found["detail"],
                   speed=float(np.median([line["images_per_second"] for line in lines
                                          if "images_per_second" in line])))
-    (out / "scores.json").write_text(json.dumps(scores))
+    write(out / "scores.json", lambda file: file.write(json.dumps(scores).encode()))
     return out
 
 
 def folder(finding, res, name, seed, args):
     slug = re.sub(r"\W+", "-", name)
-    return args.out / f"{finding}-{args.model}-{res}-{slug}-{args.steps}x{args.batch}-{seed}"
+    lr = f"{args.lr:g}"
+    return args.out / f"{finding}-{args.model}-{res}-{slug}-{args.steps}x{args.batch}-{lr}-{seed}"
 
 
 # ---------------------------------------------------------------------------- table and picture
@@ -201,8 +216,9 @@ def table(finding, sizes, args):
             said = [METRICS[m].format(np.mean(v)) + " ± " + METRICS[m].format(np.std(v, ddof=1))
                     if len(v) > 1 else METRICS[m].format(v[0]) for m, v in values.items()]
             lines.append(f"| {res} | {name} | {' | '.join(said)} |")
-        x, petals, _ = score.real(args.samples, res)
-        found = score.score(x) | score.compare(x, score.real(500, res, seed=7)[0])
+        x, petals, _ = score.real(args.samples, res, seed=1_000_007)
+        found = score.score(x) | score.compare(
+            x, score.real(500, res, seed=1_000_005)[0])
         true = dict(petals=(found["petals"] == petals).float().mean().item(),
                     asymmetry=found["asymmetry"].median().item(), distance=found["distance"],
                     detail=found["detail"])
@@ -223,12 +239,13 @@ def table(finding, sizes, args):
 
 
 def label_rows(sheets, names, title):
-    """Pictures, one below the other, each with its name at its left."""
+    """Pictures, one below the other, each with its name at its left; title: {x: word above}."""
     font, left, gap = ImageFont.load_default(15), 170, 4
     width = left + max(sheet.width for sheet in sheets)
     page = Image.new("RGB", (width, 26 + sum(sheet.height + gap for sheet in sheets)), "white")
     draw, y = ImageDraw.Draw(page), 26
-    draw.text((left, 4), title, "black", font)
+    for x, word in title.items():
+        draw.text((left + x, 4), word, "black", font)
     for sheet, name in zip(sheets, names):
         draw.text((6, y + sheet.height / 2), name, "black", font, "lm")
         page.paste(sheet, (left, y))
@@ -249,19 +266,19 @@ def pictures(finding, sizes, args):
                 strip = sample.grid(list(np.load(out / "decided.npy")), 4)
                 decided.append(strip.resize((4 * 144, 144), Image.Resampling.LANCZOS))
                 whose.append(f"{res}, {name}")
-    label_rows(sheets, names, "3 to 12 petals").save(HERE / f"{finding}.png")
+    label_rows(sheets, names, {0: "3 to 12 petals"}).save(HERE / f"{finding}-{args.model}.png")
     if finding == "schedule":
-        title = "x_hat at t = 0.8" + 17 * " " + "0.5" + 30 * " " + "0.2" + 30 * " " + "0"
-        label_rows(decided, whose, title).save(HERE / "decided.png")
+        title = {0: "x_hat at t = 0.8", 144: "t = 0.5", 288: "t = 0.2", 432: "the sample"}
+        label_rows(decided, whose, title).save(HERE / f"decided-{args.model}.png")
 
 
-def write_result(finding, text):
-    """Put text between the marks of this finding, made at the end of the file if there are none."""
+def write_result(title, text):
+    """Put text between the marks of this title, made at the end of the file if there are none."""
     path = HERE / "RESULTS.md"
-    start, end = f"<!-- {finding} -->", f"<!-- end of {finding} -->"
+    start, end = f"<!-- {title} -->", f"<!-- end of {title} -->"
     page = path.read_text(encoding="utf-8") if path.exists() else "# Results\n"
     if start not in page:
-        page = f"{page.rstrip()}\n\n## Finding: {finding}\n\n{start}\n{end}\n"
+        page = f"{page.rstrip()}\n\n## Finding: {title}\n\n{start}\n{end}\n"
     before, rest = page.split(start, 1)
     path.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")
 
@@ -273,19 +290,26 @@ def main(argv=None):
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, help="(default: 1e-3 for tiny, else the model's own)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--sample-steps", type=int, default=64)
-    parser.add_argument("--jobs", type=int, default=1 if torch.cuda.is_available() else 2,
-                        help="rows at a time, the cores shared")
+    parser.add_argument("--jobs", type=int, help="rows at a time, the cores shared (default: 2 "
+                        "without CUDA, but 1 where speed is measured)")
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
     args = parser.parse_args(argv)
+    if args.sample_steps < 6 or args.samples < 10:
+        sample.fail("--sample-steps must be at least 6, --samples at least 10")
+    args.lr = args.lr or (1e-3 if args.model == "tiny" else train.DEFAULTS[args.model]["lr"])
+    measured = args.finding in ("patch", "blocks") or torch.cuda.is_available()
+    args.jobs = args.jobs or (1 if measured else 2)
     _, own, rows = FINDINGS[args.finding]
     sizes = args.sizes or own
     os.environ["TQDM_DISABLE"] = "1"        # several bars would run into each other
-    for res in sizes:
-        few_pictures(args.out / f"few-{res}", res)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.finding == "dropout":
+        for res in sizes:
+            few_pictures(args.out / f"few-{res}", res)
     cells = [(args.finding, res, name, seed, args)
              for seed in range(args.seeds) for res in sizes for name in rows]
     with ProcessPoolExecutor(args.jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
@@ -293,7 +317,7 @@ def main(argv=None):
             print(done, flush=True)
     text = table(args.finding, sizes, args)
     print(text)
-    write_result(args.finding, text)
+    write_result(f"{args.finding}, {args.model}, {' '.join(map(str, sizes))}", text)
     pictures(args.finding, sizes, args)
 
 

@@ -5,7 +5,7 @@
 
 table1 needs no weights: it counts on PyTorch's meta device. Bytes are those of training: 2 for
 each activation that the backward pass keeps (bfloat16), 20 for each weight (float32 weight,
-gradient, Adam's two moments, EMA).
+gradient, Adam's two moments, EMA). Attention counts as it is written, its matrix kept.
 """
 import sys
 from pathlib import Path
@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+HERE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HERE))
 from data import Flowers
 from loss import eps_from_v
 from sample import Parser, fail, load_model
@@ -88,6 +89,8 @@ def gradient(ckpt, pictures):
     """
     try:
         model, saved = load_model(ckpt, torch.device("cpu"))
+        if saved["classes"] != Flowers(64).classes or saved["config"]["data"]:
+            raise ValueError(f"{ckpt}: was not trained on the flowers by class")
     except ValueError as error:
         fail(f"--ckpt {error}")
     config = saved["config"]
@@ -125,11 +128,13 @@ def gradient(ckpt, pictures):
 def main(argv=None):
     parser = Parser(description="Compute an argument of the paper.")
     parser.add_argument("argument", choices=["table1", "gradient"])
-    parser.add_argument("--ckpt", default="assets/flowers.pt", help="model.pt of a large --res")
+    parser.add_argument("--ckpt", default=str(HERE / "assets" / "flowers.pt"), help="model.pt of a large --res")
     parser.add_argument("--pictures", type=int, default=400)
     args = parser.parse_args(argv)
     if args.argument == "table1":
         return table1()
+    if args.pictures < 2:
+        fail(f"--pictures {args.pictures}: must be at least 2")
     gradient(args.ckpt, args.pictures)
 
 
