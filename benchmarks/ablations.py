@@ -96,7 +96,8 @@ FINDINGS = dict(
         "shifted, 32": ("--noise-d 32", None), "interpolated": ("--schedule interpolated", None)}),
     multiscale=("At 512 and above the multiscale loss helps (Section 3.2)", (576,), {
         "off": ("--multiscale off", None), "on": ("--multiscale on", None)}),
-    dropout=("Dropout at the bottom helps, everywhere less (Section 3.4); here on 256 pictures", (72,), {
+    dropout=("Dropout at the bottom helps, everywhere less (Section 3.4); here on 256 pictures",
+             (72,), {
         "none": ("--dropout 0", None), "everywhere": ("--dropout 0.2 --dropout-res 4096", None),
         "bottom": ("--dropout 0.2", None)}),
     blocks=("More blocks at 16 x 16 are better (Section 3.3)", (72,), {
@@ -182,7 +183,8 @@ def cell(finding, res, name, seed, args):
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     errors = validate(model, config["res"], device=device)
     right = found["petals"] == torch.arange(len(x)) % 10 + 3
-    scores = dict(settings=settings, errors=errors, structure=np.mean(errors[0]), full=np.mean(errors[1]),
+    scores = dict(settings=settings, errors=errors,
+                  structure=np.mean(errors[0]), full=np.mean(errors[1]),
                   asymmetry=found["asymmetry"].median().item(), petals=right.float().mean().item(),
                   distance=found["distance"], detail=found["detail"],
                   speed=float(np.median([line["images_per_second"] for line in lines

@@ -128,7 +128,8 @@ def gradient(ckpt, pictures):
 def main(argv=None):
     parser = Parser(description="Compute an argument of the paper.")
     parser.add_argument("argument", choices=["table1", "gradient"])
-    parser.add_argument("--ckpt", default=str(HERE / "assets" / "flowers.pt"), help="model.pt of a large --res")
+    parser.add_argument("--ckpt", default=str(HERE / "assets" / "flowers.pt"),
+                        help="model.pt of flowers, of a large --res")
     parser.add_argument("--pictures", type=int, default=400)
     args = parser.parse_args(argv)
     if args.argument == "table1":
