@@ -283,7 +283,7 @@ def main(argv=None):
         if getattr(args, name) > most:
             fail(f"--{name} {getattr(args, name)}: must be at most {most}")
     found = filter(os.path.isfile, glob.glob("runs/*/model.pt"))
-    released = Path(__file__).parent / "assets" / ("words.pt" if args.prompt else "flowers.pt")
+    released = Path(__file__).parent / "assets" / "words.pt"
     ckpt = args.ckpt or max(found, key=os.path.getmtime, default=released)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, bf16 = pick_device()

@@ -1262,6 +1262,7 @@ def test_gradient_noise_is_that_of_a_slow_loop(tmp_path, capsys):
         expected = variance / (mean - variance / 6)
         assert said[str(size)] == (f"{expected:,.0f}" if expected > 0 else "more than can be measured"), size
     torch.save(dict(format=2, config=config, classes=[], step=1, ema=sampling.network(config, 0).state_dict()), tmp_path / "model.pt")
+    assert "needs --ckpt" in one_line(capsys, arguments.main, ["gradient"])
     assert "was not trained on the flowers by class" in one_line(capsys, arguments.main, ["gradient", "--ckpt", str(tmp_path / "model.pt")])
 
 
@@ -2765,12 +2766,10 @@ def test_wrong_call_of_sample_is_one_line_and_exit_code_2(tmp_path, trained_run,
 
 def test_sample_without_a_run_draws_with_the_released_weights(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    sampling.main(["--n", "1", "--steps", "1"])
-    assert "assets/flowers.pt" in capsys.readouterr().out
-    sampling.main(["--prompt", "a red flower", "--steps", "1"])
-    assert "assets/words.pt" in capsys.readouterr().out
-    for name in ("flowers.pt", "words.pt"):
-        assert (HERE / "assets" / name).stat().st_size <= 16e6
+    for flags in (["--n", "1"], ["--prompt", "a red flower with five petals", "--guidance", "3"]):
+        sampling.main([*flags, "--steps", "1"])
+        assert "assets/words.pt" in capsys.readouterr().out and Image.open("samples/000000.png").size == (40, 40)
+    assert (HERE / "assets/words.pt").stat().st_size <= 16e6
 
 
 def test_sample_killed_half_way_goes_on_to_the_same_pictures(tmp_path, trained_run, monkeypatch, capsys):

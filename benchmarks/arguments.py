@@ -1,7 +1,8 @@
 """The paper's two arguments, computed from our own modules.
 
     python benchmarks/arguments.py table1       why to scale at 16 x 16 (Section 3.3, Table 1)
-    python benchmarks/arguments.py gradient     why high resolutions are noisy to learn from (3.2)
+    python benchmarks/arguments.py gradient --ckpt runs/NAME/model.pt
+                                                why high resolutions are noisy to learn from (3.2)
 
 table1 needs no weights: it counts on PyTorch's meta device. Bytes are those of training: 2 for
 each activation that the backward pass keeps (bfloat16), 20 for each weight (float32 weight,
@@ -16,8 +17,7 @@ import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-HERE = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import Flowers
 from loss import eps_from_v
 from sample import Parser, fail, load_model
@@ -128,12 +128,13 @@ def gradient(ckpt, pictures):
 def main(argv=None):
     parser = Parser(description="Compute an argument of the paper.")
     parser.add_argument("argument", choices=["table1", "gradient"])
-    parser.add_argument("--ckpt", default=str(HERE / "assets" / "flowers.pt"),
-                        help="model.pt of flowers, of a large --res")
+    parser.add_argument("--ckpt", default="", help="model.pt of flowers by class, a large --res")
     parser.add_argument("--pictures", type=int, default=400)
     args = parser.parse_args(argv)
     if args.argument == "table1":
         return table1()
+    if not args.ckpt:
+        fail("gradient: needs --ckpt, a model.pt of flowers by class")
     if args.pictures < 2:
         fail(f"--pictures {args.pictures}: must be at least 2")
     gradient(args.ckpt, args.pictures)
