@@ -240,7 +240,7 @@ def load_model(path, device):
 def main(argv=None):
     parser = Parser(description="Draw pictures with a trained model.", allow_abbrev=False)
     parser.add_argument("--ckpt", default="", help="model.pt of a run (default: the newest, or, if "
-                        "there is none, the flowers in assets/)")
+                        "there is none, assets/words.pt)")
     parser.add_argument("--out", default="", help="folder for the pictures (default: samples)")
     parser.add_argument("--n", type=whole, help="how many (default: 16, or one for each prompt)")
     parser.add_argument("--steps", type=whole, default=128, help="network calls per picture")
