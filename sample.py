@@ -69,13 +69,13 @@ def guided(model, z, logsnr, label, guidance):
 
 @torch.no_grad()
 def sample(model, logsnr, noise, steps, label=None, sampler="ancestral", gamma=0.2, guidance=1.0,
-           interval=(-math.inf, math.inf), bar=False, watch=lambda z, x_hat: None):
+           interval=(-math.inf, math.inf), bar=False, watch=lambda i, z, x_hat: None):
     """Pictures (B, C, H, W) in [-1, 1] by exactly `steps` calls of model (Appendix A).
 
     model: (z, logsnr, label) -> v_hat;  logsnr: a schedule, t -> (B,);  noise: () -> fresh unit
     noise (B, C, H, W);  label: (B,) classes, (B, 2 + L) rows of `condition`, or None;  sampler:
     "ancestral" or "ddim";  gamma: 0 to 1;  interval: of logsnr, where there is guidance (SiD2);
-    watch: is shown z_t and x_hat at every step.
+    watch: is shown each step's number, z_t and x_hat.
     """
     z = noise()
     clock = logsnr(torch.linspace(1, 0, steps + 1))
@@ -84,7 +84,7 @@ def sample(model, logsnr, noise, steps, label=None, sampler="ancestral", gamma=0
         inside = interval[0] <= clock[i] <= interval[1]
         v_hat = guided(model, z, logsnr_t, label, guidance if inside else 1)
         x_hat = x_from_v(z, v_hat, *alpha_sigma(logsnr_t)).clamp(-1, 1)
-        watch(z, x_hat)
+        watch(i, z, x_hat)
         if i == steps - 1:
             return x_hat
         if sampler == "ddim":
@@ -364,14 +364,14 @@ def main(argv=None):
     if trouble[0]:
         fail(trouble[0])
 
-    # -- fixed batches, batch k by rank k mod world: the same pictures on any number of ranks
     shown = {round(k * (args.steps - 1) / 8) for k in range(9)}     # steps of the film
 
+    # -- fixed batches, batch k by rank k mod world: the same pictures on any number of ranks
     def save_pictures(indices):
-        shots, steps = [], iter(range(args.steps))      # of the first picture: z_t, x_hat
+        shots = []                          # of the first picture: z_t, x_hat
 
-        def watch(z, x_hat):
-            if next(steps) in shown and args.film and 0 in indices:
+        def watch(step, z, x_hat):
+            if step in shown and args.film and 0 in indices:
                 shots.append((z[:1].cpu(), x_hat[:1].cpu()))
 
         label = torch.stack([wanted[i % len(wanted)] for i in indices]).to(device)

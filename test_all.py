@@ -1208,6 +1208,20 @@ def test_detail_and_distance_see_blur_broken_structure_and_wrong_colours():
     assert all(found[name]["distance"] > 2 * found["real"]["distance"] for name in ("half", "swapped", "blurred")), found
 
 
+def test_distance_on_trained_features_sees_blur_and_says_what_is_missing(tmp_path, monkeypatch, capsys):
+    sys.path.insert(0, str(HERE / "benchmarks"))
+    import score
+    for i, picture in enumerate(score.real(2, 32)[0]):
+        Image.fromarray((picture.permute(1, 2, 0) * 255).byte().numpy()).save(tmp_path / f"{i:06d}.png")
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+        assert "--efficientnet: " in one_line(capsys, score.main, [tmp_path, "--efficientnet"])
+    pytest.importorskip("efficientnet_lite_pytorch")
+    truth, y = score.real(60, 32, seed=7)[0], score.real(40, 32)[0]
+    blurred = score.compare(F.avg_pool2d(y, 5, 1, 2), truth, trained=True)["distance"]
+    assert blurred > 1.5 * score.compare(y, truth, trained=True)["distance"]
+
+
 def test_octaves_are_those_of_waves_and_the_distance_that_of_gaussians():
     sys.path.insert(0, str(HERE / "benchmarks"))
     import score
@@ -1281,7 +1295,7 @@ def test_ablations_train_score_and_write_a_table_and_go_on(tmp_path, monkeypatch
              "--out", str(tmp_path / "runs")]
     ablations.main(flags)
     page = (tmp_path / "RESULTS.md").read_text()
-    scores = {(name, seed): json.loads((tmp_path / f"runs/multiscale-tiny-64-{name}-2x2-0.001-{seed}/scores.json").read_text()) for name in ("off", "on") for seed in (0, 1)}
+    scores = {(name, seed): json.loads((tmp_path / f"runs/multiscale-tiny-64-{name}-2x2-{seed}/scores.json").read_text()) for name in ("off", "on") for seed in (0, 1)}
     two = [scores["on", seed]["structure"] for seed in (0, 1)]
     assert f"| 64 | on | {np.mean(two):.4f} ± {abs(two[0] - two[1]) / 2**.5:.4f} |" in page and page.startswith("# Results\n\nbefore\n")
     gaps = [scores["off", seed]["structure"] - scores["on", seed]["structure"] for seed in (0, 1)]

@@ -295,7 +295,7 @@ WORDS_MUTANTS = [
 ]
 
 FINDINGS_MUTANTS = [
-    ("sample.py", "        watch(z, x_hat)\n", "        watch(x_hat, z)\n", "film"),
+    ("sample.py", "watch(i, z, x_hat)\n", "watch(i, x_hat, z)\n", "film"),
     ("sample.py", "(args.steps - 1) / 8", "(args.steps - 1) / 9", "film"),
     ("sample.py", "and args.film and 0 in indices", "and args.film", "film"),
     ("sample.py", "unseen = args.film and start == 0 and not", "unseen = False and not", "film"),

@@ -295,13 +295,13 @@ def main(argv=None):
     as_many, _, _ = real(len(x), size)              # the distance depends on how many there are
     found = score(x)
     colour, petals = zip(*[wanted[i % len(wanted)] for i in range(len(x))]) if wanted else ([], [])
+    rows = [f"| {args.folder} {summary(found, petals, colour)}",
+            f"| real flowers {summary(score(true), true_petals.tolist(), true_colour)}"]
+    rows = [row + likeness(pictures, truth, args.efficientnet)
+            for row, pictures in zip(rows, (x, as_many))]
     print("| | pictures | petals right | colour right | asymmetry, median "
-          "| height over width, median (5% to 95%) | within 5% of 1 | detail | distance |\n"
-          "|-|-|-|-|-|-|-|-|-|")
-    print(f"| {args.folder}", summary(found, petals, colour)
-          + likeness(x, truth, args.efficientnet))
-    print("| real flowers", summary(score(true), true_petals.tolist(), true_colour)
-          + likeness(as_many, truth, args.efficientnet))
+          "| height over width, median (5% to 95%) | within 5% of 1 | detail | distance |",
+          "|-|-|-|-|-|-|-|-|-|", *rows, sep="\n")
     if wanted:
         print("\nright by number of petals:", by(NUMBER, petals, found["petals"].numpy() == petals))
     if any(colour):
