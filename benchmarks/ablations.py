@@ -279,7 +279,8 @@ def write_result(title, text):
     if start not in page:
         page = f"{page.rstrip()}\n\n## Finding: {title}\n\n{start}\n{end}\n"
     before, rest = page.split(start, 1)
-    path.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")
+    page = f"{before}{start}\n{text}\n{end}{rest.split(end, 1)[1]}"
+    write(path, lambda file: file.write(page.encode()))         # a full disk leaves the old page
 
 
 def main(argv=None):

@@ -31,7 +31,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import NUMBERS, PETALS, draw_flower, never_shown
-from sample import Parser, fail
+from sample import Parser, Steady, fail
 
 RADII = torch.linspace(.08, .98, 46)        # of the rings; the shorter side of the picture is 2
 TURNS = 128                                 # samples of a ring
@@ -309,4 +309,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout = Steady(sys.stdout)
     main()
