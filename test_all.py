@@ -1257,26 +1257,36 @@ def test_gradient_noise_is_that_of_a_slow_loop(tmp_path, capsys):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=.05)
     torch.save(dict(format=2, config=config, classes=data.Flowers(64).classes, step=1, ema=model.state_dict()), tmp_path / "model.pt")
-    arguments.main(["gradient", "--ckpt", str(tmp_path / "model.pt"), "--pictures", "6"])
-    said = capsys.readouterr().out
-    logsnr, said = schedule.logsnr_schedule("shifted", 64), dict(re.findall(r"^\| (\d+) \| (.*) \|$", said, re.MULTILINE))
-    assert list(said) == ["64", "32"]
-    for size in (64, 32):
-        gradients = []
-        for n in range(6):
+    arguments.main(["gradient", "--ckpt", str(tmp_path / "model.pt"), "--pictures", "16"])
+    said = re.findall(r"^\| (\d+) \| (.*)% \| (.*) \|$", capsys.readouterr().out, re.MULTILINE)
+    logsnr, powers = schedule.logsnr_schedule("shifted", 64), []
+    assert [size for size, _, _ in said] == ["64", "32"]
+
+    def signal(gradients):
+        variance, mean = gradients.var(0).sum(), gradients.mean(0).square().sum()
+        return (mean - variance / len(gradients)) / variance
+
+    for size, share, ratio in said:
+        gradients, size = [], int(size)
+        powers.append(0.0)
+        for n in range(16):
             x, label, _ = data.Flowers(64, 7)[n]
             t, eps, _ = train.draw_noise(7, n, 1, 64, "cpu")
             alpha, sigma = schedule.alpha_sigma(logsnr(t))
             model.zero_grad()
             error = eps - losses.eps_from_v(alpha * x + sigma * eps, model(alpha * x + sigma * eps, logsnr(t), label[None]), alpha, sigma)
-            error.view(1, 3, size, 64 // size, size, 64 // size).mean((3, 5)).square().mean().backward()
+            loss = error.view(1, 3, size, 64 // size, size, 64 // size).mean((3, 5)).square().mean()
+            loss.backward()
+            powers[-1] += loss.item()
             gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).double())
         gradients = torch.stack(gradients)
-        variance, mean = gradients.var(0).sum(), gradients.mean(0).square().sum()
-        expected = variance / (mean - variance / 6)
-        assert said[str(size)] == (f"{expected:,.0f}" if expected > 0 else "more than can be measured"), size
+        best, without = signal(gradients), [signal(gradients[torch.arange(16) % 8 != left]) for left in range(8)]
+        error = (7 / 8 * sum((one - sum(without) / 8)**2 for one in without))**.5        # jackknife
+        expected = f"{1 / best:,.0f} ({1 / (best + error):,.0f} to {1 / (best - error):,.0f})" if best > error else "more than can be measured"
+        assert ratio == expected and abs(float(share) / 100 - powers[-1] / powers[0]) < 1e-3, size
     torch.save(dict(format=2, config=config, classes=[], step=1, ema=sampling.network(config, 0).state_dict()), tmp_path / "model.pt")
     assert "needs --ckpt" in one_line(capsys, arguments.main, ["gradient"])
+    assert "a multiple of 8" in one_line(capsys, arguments.main, ["gradient", "--ckpt", str(tmp_path / "model.pt"), "--pictures", "20"])
     assert "was not trained on the flowers by class" in one_line(capsys, arguments.main, ["gradient", "--ckpt", str(tmp_path / "model.pt")])
 
 

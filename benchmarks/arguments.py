@@ -26,6 +26,7 @@ from train import draw_noise
 from uvit import PRESETS, AttentionBlock, MLPBlock, ResBlock
 
 MIB, GIB = 2**20, 2**30
+GROUPS = 8
 
 
 class Transformer(nn.Module):
@@ -83,9 +84,21 @@ def table1():
               f"| {flops / 1e9:.2f} | {batch * features / weights:,.1f} |")
 
 
+def noise(grams, squares, pictures):
+    """Variance of a picture's gradient over its squared mean, inverted: its expectation is linear
+    in what can be measured. Of groups of pictures: dot products of the sums of their gradients
+    (groups, groups), sums of their squares (groups,), and how many pictures there are in all.
+    """
+    mean = grams.sum() / pictures**2
+    variance = (squares.sum() / pictures - mean) * pictures / (pictures - 1)
+    return (mean - variance / pictures) / variance      # the mean's own noise taken out
+
+
 def gradient(ckpt, pictures):
     """Noise of the gradient of each scale's loss: its variance from picture to picture over its
-    squared mean, which is about the batch that is needed before the mean shows.
+    squared mean, which is about the batch that is needed before the mean shows; give or take one
+    standard error (jackknife over 8 groups, for each of which the summed gradient is kept).
+    And the scale's share of the whole loss: of the error's power, how much is left after averaging.
     """
     try:
         model, saved = load_model(ckpt, torch.device("cpu"))
@@ -99,8 +112,8 @@ def gradient(ckpt, pictures):
     model.requires_grad_(True)
     weights = list(model.parameters())
     scales = [2**k for k in range(12) if side(res) / 2**k >= 31]
-    sums = [[torch.zeros_like(p) for p in weights] for _ in scales]
-    squares = [0.0 for _ in scales]
+    sums = torch.zeros(len(scales), GROUPS, sum(p.numel() for p in weights))
+    squares, power = torch.zeros(len(scales), GROUPS).double(), torch.zeros(len(scales))
     for n in range(pictures):
         x, label, _ = data[n]
         t, eps, _ = draw_noise(7, n, 1, res, "cpu")
@@ -111,18 +124,24 @@ def gradient(ckpt, pictures):
             loss = F.avg_pool2d(error, by).square().mean()
             parts = torch.autograd.grad(loss, weights, retain_graph=by != scales[-1],
                                         allow_unused=True)
-            for total, part in zip(sums[k], parts):
-                if part is not None:
-                    total += part
-                    squares[k] += part.square().sum().item()
+            whole = torch.cat([torch.zeros_like(p).flatten() if part is None else part.flatten()
+                               for p, part in zip(weights, parts)])
+            sums[k, n % GROUPS] += whole
+            squares[k, n % GROUPS] += whole.square().sum()
+            power[k] += loss.detach()
     print(f"{ckpt}, {res}, {pictures} pictures\n")
-    print("| scale | variance of a picture's gradient over the square of its mean |\n|-|-|")
-    for by, total, square in zip(scales, sums, squares):
-        mean = sum((part / pictures).square().sum().item() for part in total)
-        variance = (square / pictures - mean) * pictures / (pictures - 1)
-        signal = mean - variance / pictures         # the mean's own noise taken out
-        said = f"{variance / signal:,.0f}" if signal > 0 else "more than can be measured"
-        print(f"| {side(res) / by:.0f} | {said} |")
+    print("| scale | share of the loss | variance of a picture's gradient over the square of its "
+          "mean |\n|-|-|-|")
+    for by, total, square, share in zip(scales, sums, squares, power / power[0]):
+        grams = (total @ total.T).double()
+        signal = noise(grams, square, pictures)
+        kept = [[i for i in range(GROUPS) if i != left] for left in range(GROUPS)]
+        without = torch.stack([noise(grams[part][:, part], square[part],
+                                     pictures * (GROUPS - 1) // GROUPS) for part in kept])
+        error = without.std(correction=0) * (GROUPS - 1)**.5
+        said = f"{1 / signal:,.0f} ({1 / (signal + error):,.0f} to {1 / (signal - error):,.0f})" \
+            if signal > error else "more than can be measured"
+        print(f"| {side(res) / by:.0f} | {share:.1%} | {said} |")
 
 
 def main(argv=None):
@@ -135,8 +154,8 @@ def main(argv=None):
         return table1()
     if not args.ckpt:
         fail("gradient: needs --ckpt, a model.pt of flowers by class")
-    if args.pictures < 2:
-        fail(f"--pictures {args.pictures}: must be at least 2")
+    if args.pictures < 2 * GROUPS or args.pictures % GROUPS:
+        fail(f"--pictures {args.pictures}: must be a multiple of {GROUPS}, {2 * GROUPS} or more")
     gradient(args.ckpt, args.pictures)
 
 

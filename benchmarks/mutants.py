@@ -314,6 +314,8 @@ FINDINGS_MUTANTS = [
     ("benchmarks/arguments.py", "20 * conv.weight.numel()", "16 * conv.weight.numel()", "table_1"),
     ("benchmarks/arguments.py", "mean - variance / pictures", "mean", "gradient_noise"),
     ("benchmarks/arguments.py", "* pictures / (pictures - 1)", "", "gradient_noise"),
+    ("benchmarks/arguments.py", " * (GROUPS - 1)**.5", "", "gradient_noise"),
+    ("benchmarks/arguments.py", "power / power[0]", "power", "gradient_noise"),
 ]
 
 
