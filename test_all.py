@@ -1333,6 +1333,17 @@ def test_ablations_error_is_that_of_a_known_network():
     assert np.allclose(ablations.validate(perfect, 72, 16), 0, atol=1e-5) and np.allclose(seen, ablations.LEVELS, atol=1e-5)
 
 
+def test_ablations_score_structure_without_what_averaging_takes_away():
+    ablations = ablations_module()
+    x, petals, _ = ablations.score.real(20, 72)
+    sign = torch.tensor([[1., -1.], [1., -1.]]).repeat(36, 36)
+    clean, grainy = (ablations.scored(pictures, 72) for pictures in (x, x + .2 * sign))
+    assert (clean["petals"] == petals).float().mean() >= .9
+    for name in ("petals", "asymmetry", "axes"):
+        assert torch.allclose(clean[name].float(), grainy[name].float(), atol=1e-3), name
+    assert abs(clean["distance"] - grainy["distance"]) < 1e-3 and clean["detail"] < 2 < 10 < grainy["detail"]
+
+
 def test_ablations_changes_are_what_their_names_say(tmp_path, monkeypatch):
     ablations = ablations_module()
     for module, name in ((sampling, "UViT"), (losses, "sigmoid_weight"), (uvit, "wavelet_levels"), (train, "wavelet_levels")):
@@ -1353,7 +1364,10 @@ def test_ablations_changes_are_what_their_names_say(tmp_path, monkeypatch):
     assert torch.allclose(losses.sigmoid_weight(t, clock, 64).flatten(), -slope / 30, rtol=1e-6)
     t = torch.linspace(0, 1, 20_001, dtype=torch.double)
     assert abs(losses.sigmoid_weight(t, clock, 64).mean() - 1) < .03
+    monkeypatch.setattr(uvit, "PRESETS", {name: dict(preset) for name, preset in uvit.PRESETS.items()})
+    monkeypatch.setattr(sampling, "PRESETS", uvit.PRESETS)
     ablations.levels(2)()
+    assert sampling.network(vars(train.parse_config(["--res", "288", "--model", "tiny"])), 0).project_in.weight.shape[:2] == (48, 48)
     assert sampling.network(vars(train.parse_config(["--res", "288"])), 0).levels == 2 and sampling.network(vars(train.parse_config(["--res", "64"])), 0).levels == 2
     folder = ablations.few_pictures(tmp_path / "few", 24)
     few = data.Pictures(folder, 24)

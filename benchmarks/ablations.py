@@ -6,15 +6,17 @@ on the same pictures and noise, with each of several seeds; its samples and its 
 
 Resumable: the same command goes on. It writes a table into benchmarks/RESULTS.md and a picture,
 benchmarks/FINDING-MODEL.png. Sizes default to multiples of 9, whose transformer is at 9 x 9: a
-step of `tiny` at 72, 144, 288 takes a CPU 0.47, 0.33, 0.42 of one at 64, 128, 256. Networks have
-one skip a level (--skips level), and a top level at least as wide as there are bands of the
-wavelet: through the three norms and swishes of the way over a skip a block, `tiny` passes 12 bands
-so slowly that samples are still covered with grain after 1,500 steps.
+step of `tiny` at 72, 144, 288 takes a CPU 0.47, 0.33, 0.42 of one at 64, 128, 256.
+
+Structure is what is left after averaging to 32 x 32 or just above. It is scored apart, since
+`tiny`, 16 wide at the top for the 12 bands of one wavelet level, learns only slowly to let them
+by: after 1,500 steps its samples still are covered with grain.
 
     structure, full     rms error of x_hat for flowers not trained on, at five noise levels, after
-                        averaging to 32 x 32 or just above (where logsnr is -4, -2, 0, 2, 4), and
-                        before
-    others              benchmarks/score.py, of samples by class without guidance
+                        averaging (where its logsnr is -4, -2, 0, 2, 4), and before
+    petals, asymmetry, distance     benchmarks/score.py, of samples by class without guidance,
+                        averaged
+    detail              the same, of samples as they are
 """
 import json
 import math
@@ -80,9 +82,14 @@ class NoBar(train.tqdm):
 
 
 def levels(count):
-    """Levels of wavelet (or log2 of the convolution's stride), whatever the size."""
+    """Levels of wavelet (or log2 of the convolution's stride), whatever the size; and a top level
+    at least as wide as there are bands, so that none is the worse only for its bottleneck.
+    """
     def change():
         train.wavelet_levels = uvit.wavelet_levels = lambda res: count
+        for preset in uvit.PRESETS.values():
+            top, *widths = preset["widths"]
+            preset["widths"] = max(top, 3 * 4**count), *widths
     return change
 
 
@@ -113,7 +120,7 @@ FINDINGS = dict(
         f"{n}": (f"--blocks-16 {n}", None) for n in (1, 2, 4, 8)}),
     patch=("The wavelet is as good as none and faster, a convolution a little worse (Section 3.3); "
            "here blocks above are dropped, where the paper moves them down",
-           (288,), {
+           (144,), {
                "none": ("--patch none", None),
                "DWT-1": ("", levels(1)), "DWT-2": ("", levels(2)),
                "conv 2 x 2": ("--patch conv", levels(1)),
@@ -124,6 +131,11 @@ FINDINGS = dict(
 
 
 # ---------------------------------------------------------------------------- one row, one seed
+
+def structure(x):
+    """Pictures (N, 3, d, d) averaged to 32 x 32 or just above."""
+    return F.avg_pool2d(x, 2 ** max(0, int(math.log2(x.shape[-1] / 32))))
+
 
 def validate(model, res, count=64, device="cpu"):
     """-> rms error of x_hat (2, levels): averaged to 32 x 32 or just above, and as it is."""
@@ -140,9 +152,16 @@ def validate(model, res, count=64, device="cpu"):
             v = torch.cat([model(*[given.to(device) for given in part]).cpu() for part in
                            zip(z.split(16), logsnr.split(16), label.split(16))])
             error = loss.x_from_v(z, v, alpha, sigma) - x
-            errors.append([F.avg_pool2d(error, 2**times).square().mean().sqrt().item(),
+            errors.append([structure(error).square().mean().sqrt().item(),
                            error.square().mean().sqrt().item()])
     return torch.tensor(errors).T.tolist()
+
+
+def scored(x, res):
+    """Pictures -> score.py's dict, all of their structure but for detail."""
+    truth, _, _ = score.real(500, res, seed=1_000_005)
+    return (score.score(structure(x)) | score.compare(structure(x), structure(truth))
+            | dict(detail=score.compare(x, truth)["detail"]))
 
 
 def cell(finding, res, name, seed, args):
@@ -156,15 +175,12 @@ def cell(finding, res, name, seed, args):
             return out
     except OSError:
         pass
-    bands = 3 * 4**uvit.wavelet_levels(res)
-    top, *widths = uvit.PRESETS[args.model]["widths"]
-    uvit.PRESETS[args.model]["widths"] = (max(top, bands), *widths)
     if change:
         change()
     train.tqdm = NoBar
     out.parent.mkdir(parents=True, exist_ok=True)
     data = ["--data", str(args.out / f"few-{res}")] * (finding == "dropout")
-    train.main([*flags.split(), *data, "--skips", "level", "--res", str(res), "--model", args.model, "--batch",
+    train.main([*flags.split(), *data, "--res", str(res), "--model", args.model, "--batch",
                 str(args.batch), "--lr", str(args.lr), "--warmup", "100", "--steps",
                 str(args.steps), "--seed", str(seed), "--out", str(out), "--sample-every", "0"])
     device, bf16 = sample.pick_device()
@@ -187,8 +203,7 @@ def cell(finding, res, name, seed, args):
     sample.grid(list(pictures[:40]), 10).save(out / "samples.png")
     decided = [shots[round((1 - t) * args.sample_steps)] for t in (.8, .5, .2)]
     np.save(out / "decided.npy", np.stack([*decided, pictures[0]]))
-    truth, _, _ = score.real(500, res, seed=1_000_005)
-    found = score.score(x) | score.compare(x, truth)
+    found = scored(x, res)
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     errors = validate(model, config["res"], device=device)
     right = found["petals"] == torch.arange(len(x)) % 10 + 3
@@ -227,7 +242,7 @@ def table(finding, sizes, args):
                     if len(v) > 1 else METRICS[m].format(v[0]) for m, v in values.items()]
             lines.append(f"| {res} | {name} | {' | '.join(said)} |")
         x, petals, _ = score.real(args.samples, res, seed=1_000_007)
-        found = score.score(x) | score.compare(x, score.real(500, res, seed=1_000_005)[0])
+        found = scored(x, res)
         true = dict(petals=(found["petals"] == petals).float().mean().item(),
                     asymmetry=found["asymmetry"].median().item(), distance=found["distance"],
                     detail=found["detail"])
