@@ -1254,11 +1254,11 @@ def test_gradient_noise_is_that_of_a_slow_loop(tmp_path, capsys):
     torch.manual_seed(0)
     config = vars(train.parse_config(["--res", "64"]))
     model = sampling.network(config, 10)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=.05)
+    torch.nn.init.normal_(model.project_out.weight, std=.05)
     torch.save(dict(format=2, config=config, classes=data.Flowers(64).classes, step=1, ema=model.state_dict()), tmp_path / "model.pt")
     arguments.main(["gradient", "--ckpt", str(tmp_path / "model.pt"), "--pictures", "16"])
     said = re.findall(r"^\| (\d+) \| (.*)% \| (.*) \|$", capsys.readouterr().out, re.MULTILINE)
+    assert any("(" in ratio for *_, ratio in said)
     logsnr, powers = schedule.logsnr_schedule("shifted", 64), []
     assert [size for size, _, _ in said] == ["64", "32"]
 
@@ -1282,12 +1282,26 @@ def test_gradient_noise_is_that_of_a_slow_loop(tmp_path, capsys):
         gradients = torch.stack(gradients)
         best, without = signal(gradients), [signal(gradients[torch.arange(16) % 8 != left]) for left in range(8)]
         error = (7 / 8 * sum((one - sum(without) / 8)**2 for one in without))**.5        # jackknife
-        expected = f"{1 / best:,.0f} ({1 / (best + error):,.0f} to {1 / (best - error):,.0f})" if best > error else "more than can be measured"
+        expected = f"{1 / best:,.0f} ({1 / (best + error):,.0f} to {1 / (best - error):,.0f})" if best > error else f"more than {1 / (best + error):,.0f}"
         assert ratio == expected and abs(float(share) / 100 - powers[-1] / powers[0]) < 1e-3, size
     torch.save(dict(format=2, config=config, classes=[], step=1, ema=sampling.network(config, 0).state_dict()), tmp_path / "model.pt")
     assert "needs --ckpt" in one_line(capsys, arguments.main, ["gradient"])
     assert "a multiple of 8" in one_line(capsys, arguments.main, ["gradient", "--ckpt", str(tmp_path / "model.pt"), "--pictures", "20"])
     assert "was not trained on the flowers by class" in one_line(capsys, arguments.main, ["gradient", "--ckpt", str(tmp_path / "model.pt")])
+
+
+def test_gradient_noise_of_known_draws():
+    """Gradients of 5 numbers, mean 0.5 and deviation 2: the squared mean is a sixteenth of the variance."""
+    sys.path.insert(0, str(HERE / "benchmarks"))
+    import arguments
+    rng, found, errors = torch.Generator().manual_seed(0), [], []
+    for _ in range(400):
+        drawn = .5 + 2 * torch.randn(8, 200, 5, generator=rng, dtype=torch.double)
+        sums = drawn.sum(1)
+        best, error = arguments.jackknife(sums @ sums.T, drawn.square().sum((1, 2)), 1600)
+        found.append(best), errors.append(error)
+    found = torch.stack(found)
+    assert abs(found.mean() * 16 - 1) < .01 and abs(torch.stack(errors).mean() / found.std() - 1) < .1
 
 
 def ablations_module():
@@ -1296,14 +1310,14 @@ def ablations_module():
     return ablations
 
 
-def test_ablations_train_score_and_write_a_table_and_go_on(tmp_path, monkeypatch, capsys):
+def test_ablations_train_score_and_write_a_table_and_go_on(tmp_path, monkeypatch, capfd):
     ablations = ablations_module()
     monkeypatch.setattr(ablations, "HERE", tmp_path)
-    monkeypatch.setenv("TQDM_DISABLE", "")
     (tmp_path / "RESULTS.md").write_text("# Results\n\nbefore\n")
     flags = ["--finding", "multiscale", "--sizes", "64", "--steps", "2", "--batch", "2", "--seeds", "2", "--samples", "10", "--sample-steps", "10",
              "--out", str(tmp_path / "runs")]
     ablations.main(flags)
+    assert "step/s" not in capfd.readouterr().err               # the bars of several rows would run into each other
     page = (tmp_path / "RESULTS.md").read_text()
     scores = {(name, seed): json.loads((tmp_path / f"runs/multiscale-tiny-64-{name}-2x2-{seed}/scores.json").read_text()) for name in ("off", "on") for seed in (0, 1)}
     two = [scores["on", seed]["structure"] for seed in (0, 1)]
@@ -1339,6 +1353,9 @@ def test_ablations_score_structure_without_what_averaging_takes_away():
     sign = torch.tensor([[1., -1.], [1., -1.]]).repeat(36, 36)
     clean, grainy = (ablations.scored(pictures, 72) for pictures in (x, x + .2 * sign))
     assert (clean["petals"] == petals).float().mean() >= .9
+    small, truth = (F.avg_pool2d(pictures, 2) for pictures in (x, ablations.score.real(500, 72, seed=1_000_005)[0]))
+    assert clean["distance"] == pytest.approx(ablations.score.compare(small, truth)["distance"])
+    assert [ablations.structure(torch.zeros(1, 3, res, res)).shape[-1] for res in (36, 64, 72, 128, 144, 288, 576)] == [36, 32, 36, 32, 36, 36, 36]
     for name in ("petals", "asymmetry", "axes"):
         assert torch.allclose(clean[name].float(), grainy[name].float(), atol=1e-3), name
     assert abs(clean["distance"] - grainy["distance"]) < 1e-3 and clean["detail"] < 2 < 10 < grainy["detail"]
@@ -1364,10 +1381,12 @@ def test_ablations_changes_are_what_their_names_say(tmp_path, monkeypatch):
     assert torch.allclose(losses.sigmoid_weight(t, clock, 64).flatten(), -slope / 30, rtol=1e-6)
     t = torch.linspace(0, 1, 20_001, dtype=torch.double)
     assert abs(losses.sigmoid_weight(t, clock, 64).mean() - 1) < .03
+    ablations.levels(2)()
     monkeypatch.setattr(uvit, "PRESETS", {name: dict(preset) for name, preset in uvit.PRESETS.items()})
     monkeypatch.setattr(sampling, "PRESETS", uvit.PRESETS)
-    ablations.levels(2)()
-    assert sampling.network(vars(train.parse_config(["--res", "288", "--model", "tiny"])), 0).project_in.weight.shape[:2] == (48, 48)
+    ablations.widen(48)
+    for res in ("144", "288"):
+        assert sampling.network(vars(train.parse_config(["--res", res, "--model", "tiny"])), 0).project_in.weight.shape[:2] == (48, 48)
     assert sampling.network(vars(train.parse_config(["--res", "288"])), 0).levels == 2 and sampling.network(vars(train.parse_config(["--res", "64"])), 0).levels == 2
     folder = ablations.few_pictures(tmp_path / "few", 24)
     few = data.Pictures(folder, 24)

@@ -8,9 +8,10 @@ Resumable: the same command goes on. It writes a table into benchmarks/RESULTS.m
 benchmarks/FINDING-MODEL.png. Sizes default to multiples of 9, whose transformer is at 9 x 9: a
 step of `tiny` at 72, 144, 288 takes a CPU 0.47, 0.33, 0.42 of one at 64, 128, 256.
 
-Structure is what is left after averaging to 32 x 32 or just above. It is scored apart, since
-`tiny`, 16 wide at the top for the 12 bands of one wavelet level, learns only slowly to let them
-by: after 1,500 steps its samples still are covered with grain.
+Structure is what is left after averaging to 32 x 32 or the next size above that halves evenly. It
+is scored apart: after 1,500 steps at 144 samples of `tiny` still are covered with grain. Levels are
+at least as wide as there are bands of the wavelet (48 at 288, 192 at 576), of which a network 16
+wide could pass on 16.
 
     structure, full     rms error of x_hat for flowers not trained on, at five noise levels, after
                         averaging (where its logsnr is -4, -2, 0, 2, 4), and before
@@ -40,10 +41,10 @@ import train
 import uvit
 from checkpoint import write
 from data import Flowers, draw_flower
-from schedule import alpha_sigma, logsnr_schedule, side
+from schedule import alpha_sigma, logsnr_schedule
 
 HERE = Path(__file__).parent
-LEVELS = -4., -2., 0., 2., 4.               # logsnr of the picture averaged to 32 x 32
+LEVELS = -4., -2., 0., 2., 4.               # logsnr of the averaged picture
 METRICS = dict(structure="{:.4f}", full="{:.4f}", asymmetry="{:.3f}", petals="{:.1%}",
                distance="{:.3f}", detail="{:.2f}", speed="{:.1f}")
 UNITS = dict(structure="structure, rms", full="full, rms", petals="petals right",
@@ -81,15 +82,16 @@ class NoBar(train.tqdm):
         super().__init__(*args, **options | dict(disable=True))
 
 
+def widen(bands):
+    """Make every level at least this wide."""
+    for preset in uvit.PRESETS.values():
+        preset["widths"] = tuple(max(width, bands) for width in preset["widths"])
+
+
 def levels(count):
-    """Levels of wavelet (or log2 of the convolution's stride), whatever the size; and a top level
-    at least as wide as there are bands, so that none is the worse only for its bottleneck.
-    """
+    """Levels of wavelet (or log2 of the convolution's stride), whatever the size."""
     def change():
         train.wavelet_levels = uvit.wavelet_levels = lambda res: count
-        for preset in uvit.PRESETS.values():
-            top, *widths = preset["widths"]
-            preset["widths"] = max(top, 3 * 4**count), *widths
     return change
 
 
@@ -110,7 +112,7 @@ FINDINGS = dict(
     schedule=("Shifted beats cosine at 128 and above, more at 256 (Section 3.1)", (72, 144, 288), {
         "cosine": ("--schedule cosine", None), "shifted, 64": ("--noise-d 64", None),
         "shifted, 32": ("--noise-d 32", None), "interpolated": ("--schedule interpolated", None)}),
-    multiscale=("At 512 and above the multiscale loss helps (Section 3.2)", (576,), {
+    multiscale=("At 512 and above the multiscale loss helps (Section 3.2)", (288,), {
         "off": ("--multiscale off", None), "on": ("--multiscale on", None)}),
     dropout=("Dropout at the bottom helps, everywhere less (Section 3.4); here on 256 pictures",
              (72,), {
@@ -119,7 +121,8 @@ FINDINGS = dict(
     blocks=("More blocks at 16 x 16 are better (Section 3.3)", (72,), {
         f"{n}": (f"--blocks-16 {n}", None) for n in (1, 2, 4, 8)}),
     patch=("The wavelet is as good as none and faster, a convolution a little worse (Section 3.3); "
-           "here blocks above are dropped, where the paper moves them down",
+           "here blocks above are dropped, where the paper moves them down, and levels are 48 wide "
+           "in place of 16 for the 48 bands or strides of two levels",
            (144,), {
                "none": ("--patch none", None),
                "DWT-1": ("", levels(1)), "DWT-2": ("", levels(2)),
@@ -132,21 +135,24 @@ FINDINGS = dict(
 
 # ---------------------------------------------------------------------------- one row, one seed
 
+def halvings(res):
+    return max(0, int(math.log2(res / 32)))
+
+
 def structure(x):
-    """Pictures (N, 3, d, d) averaged to 32 x 32 or just above."""
-    return F.avg_pool2d(x, 2 ** max(0, int(math.log2(x.shape[-1] / 32))))
+    """Pictures (N, 3, d, d) averaged by 2, 4, ..., to a side of 32 or more, but below 64."""
+    return F.avg_pool2d(x, 2 ** halvings(x.shape[-1]))
 
 
 def validate(model, res, count=64, device="cpu"):
-    """-> rms error of x_hat (2, levels): averaged to 32 x 32 or just above, and as it is."""
+    """-> rms error of x_hat (2, levels): averaged, and as it is."""
     fresh = Flowers(res, seed=1_000_003)
     x, label = (torch.stack(part) for part in zip(*[fresh[n][:2] for n in range(count)]))
     eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    times = max(0, int(math.log2(side(res) / 32)))
     errors = []
     with torch.no_grad():
         for level in LEVELS:
-            logsnr = torch.full((count,), level - 2 * math.log(2**times))       # Eq. 4
+            logsnr = torch.full((count,), level - 2 * math.log(2**halvings(res)))       # Eq. 4
             alpha, sigma = alpha_sigma(logsnr)
             z = alpha * x + sigma * eps
             v = torch.cat([model(*[given.to(device) for given in part]).cpu() for part in
@@ -161,7 +167,7 @@ def scored(x, res):
     """Pictures -> score.py's dict, all of their structure but for detail."""
     truth, _, _ = score.real(500, res, seed=1_000_005)
     return (score.score(structure(x)) | score.compare(structure(x), structure(truth))
-            | dict(detail=score.compare(x, truth)["detail"]))
+            | dict(detail=score.detail(x, truth)))
 
 
 def cell(finding, res, name, seed, args):
@@ -169,7 +175,7 @@ def cell(finding, res, name, seed, args):
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
     flags, change = FINDINGS[finding][2][name]
     out = folder(finding, res, name, seed, args)
-    settings = dict(samples=args.samples, sample_steps=args.sample_steps)
+    settings = dict(samples=args.samples, sample_steps=args.sample_steps, scored="averaged")
     try:
         if json.loads((out / "scores.json").read_text())["settings"] == settings:
             return out
@@ -177,6 +183,7 @@ def cell(finding, res, name, seed, args):
         pass
     if change:
         change()
+    widen(3 * 4**uvit.wavelet_levels(res))
     train.tqdm = NoBar
     out.parent.mkdir(parents=True, exist_ok=True)
     data = ["--data", str(args.out / f"few-{res}")] * (finding == "dropout")
@@ -230,7 +237,8 @@ def table(finding, sizes, args):
     heads = " | ".join(UNITS.get(m, m) for m in metrics)
     lines = [f"*{says}.* `{args.model}`, {args.steps} steps of {args.batch}, learning rate "
              f"{args.lr:g}, seeds 0 to {args.seeds - 1}: mean ± deviation. {args.samples} samples "
-             f"each, {args.sample_steps} ancestral steps, no guidance.", "",
+             f"each, {args.sample_steps} ancestral steps, no guidance; scored, but for detail, "
+             "after averaging to below 64.", "",
              f"| size | row | {heads} |", "|-" * (2 + len(metrics)) + "|"]
     scores = {(res, name): [json.loads((folder(finding, res, name, seed, args)
                                         / "scores.json").read_text()) for seed in range(args.seeds)]

@@ -84,21 +84,33 @@ def table1():
               f"| {flops / 1e9:.2f} | {batch * features / weights:,.1f} |")
 
 
-def noise(grams, squares, pictures):
-    """Variance of a picture's gradient over its squared mean, inverted: its expectation is linear
-    in what can be measured. Of groups of pictures: dot products of the sums of their gradients
-    (groups, groups), sums of their squares (groups,), and how many pictures there are in all.
+def signal(grams, squares, pictures):
+    """Squared mean of a picture's gradient over its variance, both estimated without bias: of
+    groups of pictures the dot products of their summed gradients (groups, groups) and the sums of
+    squares (groups,), and how many pictures they are in all.
     """
     mean = grams.sum() / pictures**2
     variance = (squares.sum() / pictures - mean) * pictures / (pictures - 1)
     return (mean - variance / pictures) / variance      # the mean's own noise taken out
 
 
+def jackknife(grams, squares, pictures):
+    """-> signal, and its standard error from leaving out each of the groups, all of one size."""
+    groups = len(squares)
+    without = []
+    for left in range(groups):
+        kept = [i for i in range(groups) if i != left]
+        without.append(signal(grams[kept][:, kept], squares[kept], pictures - pictures // groups))
+    error = torch.stack(without).std(correction=0) * (groups - 1)**.5
+    return signal(grams, squares, pictures), error
+
+
 def gradient(ckpt, pictures):
-    """Noise of the gradient of each scale's loss: its variance from picture to picture over its
-    squared mean, which is about the batch that is needed before the mean shows; give or take one
-    standard error (jackknife over 8 groups, for each of which the summed gradient is kept).
-    And the scale's share of the whole loss: of the error's power, how much is left after averaging.
+    """Of the plain loss of eps and of its error averaged by 2, 4, ...: how noisy the gradient is,
+    its variance from picture to picture over its squared mean, which is about the batch that is
+    needed before the mean shows (in brackets, from one standard error of the inverse above to one
+    below); and how much of the error's power is left (of white noise: a quarter each time).
+    Takes 32 bytes for each weight and scale: meant for `tiny`.
     """
     try:
         model, saved = load_model(ckpt, torch.device("cpu"))
@@ -111,7 +123,7 @@ def gradient(ckpt, pictures):
     logsnr, data = logsnr_schedule(config["schedule"], res, config["noise_d"]), Flowers(res, 7)
     model.requires_grad_(True)
     weights = list(model.parameters())
-    scales = [2**k for k in range(12) if side(res) / 2**k >= 31]
+    scales = [2**k for k in range(12) if k == 0 or side(res) / 2**k >= 32]
     sums = torch.zeros(len(scales), GROUPS, sum(p.numel() for p in weights))
     squares, power = torch.zeros(len(scales), GROUPS).double(), torch.zeros(len(scales))
     for n in range(pictures):
@@ -130,17 +142,13 @@ def gradient(ckpt, pictures):
             squares[k, n % GROUPS] += whole.square().sum()
             power[k] += loss.detach()
     print(f"{ckpt}, {res}, {pictures} pictures\n")
-    print("| scale | share of the loss | variance of a picture's gradient over the square of its "
-          "mean |\n|-|-|-|")
+    print("| averaged to | power of the error | variance of a picture's gradient over the square "
+          "of its mean |\n|-|-|-|")
     for by, total, square, share in zip(scales, sums, squares, power / power[0]):
-        grams = (total @ total.T).double()
-        signal = noise(grams, square, pictures)
-        kept = [[i for i in range(GROUPS) if i != left] for left in range(GROUPS)]
-        without = torch.stack([noise(grams[part][:, part], square[part],
-                                     pictures * (GROUPS - 1) // GROUPS) for part in kept])
-        error = without.std(correction=0) * (GROUPS - 1)**.5
-        said = f"{1 / signal:,.0f} ({1 / (signal + error):,.0f} to {1 / (signal - error):,.0f})" \
-            if signal > error else "more than can be measured"
+        found, error = jackknife((total @ total.T).double(), square, pictures)
+        high, low = found + error, found - error
+        said = f"{1 / found:,.0f} ({1 / high:,.0f} to {1 / low:,.0f})" if low > 0 else \
+            f"more than {1 / high:,.0f}" if high > 0 else "more than can be measured"
         print(f"| {side(res) / by:.0f} | {share:.1%} | {said} |")
 
 

@@ -202,12 +202,17 @@ def score(pictures):
     return {name: part if name == "colour" else torch.cat(part) for name, part in found.items()}
 
 
+def detail(x, truth):
+    """Power in the finest octave, the geometric mean of pictures over that of real ones."""
+    finest = [octaves(pictures)[:, 0].log().mean() for pictures in (x, truth)]
+    return (finest[0] - finest[1]).exp().item()
+
+
 def compare(x, truth, trained=False):
     """Pictures (N, 3, H, W), real ones (M, 3, H, W) -> dict of detail and distance, numbers."""
-    finest = [octaves(pictures)[:, 0].log().mean() for pictures in (x, truth)]
     features = efficientnet_features if trained else random_features
     a, b = features(x).double(), features(truth).double()
-    return dict(detail=(finest[0] - finest[1]).exp().item(),
+    return dict(detail=detail(x, truth),
                 distance=frechet(a, b) if trained else frechet(*whiten(a, b)))
 
 
