@@ -1330,6 +1330,13 @@ def test_ablations_train_score_and_write_a_table_and_go_on(tmp_path, monkeypatch
     assert when == {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("*.*") if file.suffix in (".pt", ".json")} and (tmp_path / "RESULTS.md").read_text() == page
 
 
+def test_ablations_that_cannot_run_end_with_a_line(tmp_path, capsys):
+    ablations = ablations_module()
+    (tmp_path / "file").touch()
+    assert "file/runs: Not a directory" in one_line(capsys, ablations.main, ["--finding", "dropout", "--out", str(tmp_path / "file/runs")])
+    assert "invalid choice" in one_line(capsys, ablations.main, ["--finding", "dropout", "--model", "huge"])
+
+
 def test_ablations_error_is_that_of_a_known_network():
     """x_hat = 0: the error is the picture, at any noise; averaged, the averaged picture. x_hat = x: none."""
     ablations = ablations_module()

@@ -6,7 +6,7 @@ on the same pictures and noise, with each of several seeds; its samples and its 
 
 Resumable: the same command goes on. It writes a table into benchmarks/RESULTS.md and a picture,
 benchmarks/FINDING-MODEL.png. Sizes default to multiples of 9, whose transformer is at 9 x 9: a
-step of `tiny` at 72, 144, 288 takes a CPU 0.47, 0.33, 0.42 of one at 64, 128, 256.
+step of `tiny` at 72 and 144 takes a CPU 0.47 and 0.33 of one at 64 and 128.
 
 Structure is what is left after averaging to 32 x 32 or the next size above that halves evenly. It
 is scored apart: after 1,500 steps at 144 samples of `tiny` still are covered with grain. Levels are
@@ -175,7 +175,7 @@ def cell(finding, res, name, seed, args):
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
     flags, change = FINDINGS[finding][2][name]
     out = folder(finding, res, name, seed, args)
-    settings = dict(samples=args.samples, sample_steps=args.sample_steps, scored="averaged")
+    settings = dict(samples=args.samples, sample_steps=args.sample_steps)
     try:
         if json.loads((out / "scores.json").read_text())["settings"] == settings:
             return out
@@ -320,7 +320,7 @@ def main(argv=None):
     parser = sample.Parser(description="Measure a finding of the paper on flowers.")
     parser.add_argument("--finding", choices=FINDINGS, required=True)
     parser.add_argument("--sizes", type=int, nargs="+", help="(default: the finding's own)")
-    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--model", choices=uvit.PRESETS, default="tiny")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3)
@@ -335,18 +335,21 @@ def main(argv=None):
     args.jobs = 1 if args.finding in ("patch", "blocks") or torch.cuda.is_available() else 2
     _, own, rows = FINDINGS[args.finding]
     sizes = args.sizes or own
-    args.out.mkdir(parents=True, exist_ok=True)
-    if args.finding == "dropout":
-        for res in sizes:
-            few_pictures(args.out / f"few-{res}", res)
     cells = [(args.finding, res, name, seed, args)
              for seed in range(args.seeds) for res in sizes for name in rows]
-    with ProcessPoolExecutor(args.jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
-        try:
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        if args.finding == "dropout":
+            for res in sizes:
+                few_pictures(args.out / f"few-{res}", res)
+        with ProcessPoolExecutor(args.jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
             for n, done in enumerate(pool.map(cell, *zip(*cells)), 1):
                 print(f"{n} of {len(cells)}: {done}", flush=True)
-        except KeyboardInterrupt:
-            sample.fail("stopped: the same command goes on from here", 130)
+    except KeyboardInterrupt:
+        sample.fail("stopped: the same command goes on from here", 130)
+    except OSError as error:
+        sample.fail(f"{error.filename or args.out}: {error.strerror or error}: mended, the same "
+                    "command goes on")
     text = table(args.finding, sizes, args)
     print(text)
     write_result(f"{args.finding}, {args.model}, {' '.join(map(str, sizes))}", text)
