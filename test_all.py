@@ -1328,6 +1328,9 @@ def test_ablations_train_score_and_write_a_table_and_go_on(tmp_path, monkeypatch
     when = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("*.*") if file.suffix in (".pt", ".json")}
     ablations.main(flags)
     assert when == {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("*.*") if file.suffix in (".pt", ".json")} and (tmp_path / "RESULTS.md").read_text() == page
+    ablations.main([*flags, "--rows", "on"])
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert f"| 64 | on | {np.mean(two):.4f} ± {abs(two[0] - two[1]) / 2**.5:.4f} |" in page and "| off |" not in page
 
 
 def test_ablations_that_cannot_run_end_with_a_line(tmp_path, capsys):
@@ -1335,6 +1338,7 @@ def test_ablations_that_cannot_run_end_with_a_line(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert "file/runs: Not a directory" in one_line(capsys, ablations.main, ["--finding", "dropout", "--out", str(tmp_path / "file/runs")])
     assert "invalid choice" in one_line(capsys, ablations.main, ["--finding", "dropout", "--model", "huge"])
+    assert "of 'off', 'on'" in one_line(capsys, ablations.main, ["--finding", "multiscale", "--rows", "half"])
 
 
 def test_ablations_error_is_that_of_a_known_network():

@@ -231,8 +231,8 @@ def folder(finding, res, name, seed, args):
 
 # ---------------------------------------------------------------------------- table and picture
 
-def table(finding, sizes, args):
-    says, _, rows = FINDINGS[finding]
+def table(finding, sizes, rows, args):
+    says = FINDINGS[finding][0]
     metrics = [m for m in METRICS if m != "speed" or finding in ("patch", "blocks")]
     heads = " | ".join(UNITS.get(m, m) for m in metrics)
     lines = [f"*{says}.* `{args.model}`, {args.steps} steps of {args.batch}, learning rate "
@@ -285,11 +285,11 @@ def label_rows(sheets, names, title):
     return page
 
 
-def pictures(finding, sizes, args):
+def pictures(finding, sizes, rows, args):
     """Samples of seed 0, a class a column; for schedules also what is decided when (Figure 3)."""
     sheets, names, decided, whose = [], [], [], []
     for res in sizes:
-        for name in FINDINGS[finding][2]:
+        for name in rows:
             out = folder(finding, res, name, 0, args)
             samples = Image.open(out / "samples.png").crop((0, 0, 10 * res, res))
             sheets.append(samples.resize((720, 72), Image.Resampling.LANCZOS))
@@ -320,6 +320,7 @@ def main(argv=None):
     parser = sample.Parser(description="Measure a finding of the paper on flowers.")
     parser.add_argument("--finding", choices=FINDINGS, required=True)
     parser.add_argument("--sizes", type=int, nargs="+", help="(default: the finding's own)")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="of the finding (default: all)")
     parser.add_argument("--model", choices=uvit.PRESETS, default="tiny")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=16)
@@ -333,8 +334,10 @@ def main(argv=None):
     args.lr = 1e-3 if args.model == "tiny" else train.DEFAULTS[args.model]["lr"]
     # Rows at a time, the cores shared: one where speed is measured, or where there is one GPU.
     args.jobs = 1 if args.finding in ("patch", "blocks") or torch.cuda.is_available() else 2
-    _, own, rows = FINDINGS[args.finding]
-    sizes = args.sizes or own
+    _, own, every = FINDINGS[args.finding]
+    sizes, rows = args.sizes or own, args.rows or list(every)
+    if not set(rows) <= set(every):
+        sample.fail(f"--rows must be of {', '.join(map(repr, every))}")
     cells = [(args.finding, res, name, seed, args)
              for seed in range(args.seeds) for res in sizes for name in rows]
     try:
@@ -350,10 +353,10 @@ def main(argv=None):
     except OSError as error:
         sample.fail(f"{error.filename or args.out}: {error.strerror or error}: mended, the same "
                     "command goes on")
-    text = table(args.finding, sizes, args)
+    text = table(args.finding, sizes, rows, args)
     print(text)
     write_result(f"{args.finding}, {args.model}, {' '.join(map(str, sizes))}", text)
-    pictures(args.finding, sizes, args)
+    pictures(args.finding, sizes, rows, args)
 
 
 if __name__ == "__main__":
