@@ -43,7 +43,7 @@ from checkpoint import write
 from data import Flowers, draw_flower
 from schedule import alpha_sigma, logsnr_schedule
 
-HERE = Path(__file__).parent
+HERE, LANCZOS = Path(__file__).parent, Image.Resampling.LANCZOS
 LEVELS = -4., -2., 0., 2., 4.               # logsnr of the averaged picture
 METRICS = dict(structure="{:.4f}", full="{:.4f}", asymmetry="{:.3f}", petals="{:.1%}",
                distance="{:.3f}", detail="{:.2f}", speed="{:.1f}")
@@ -286,17 +286,19 @@ def label_rows(sheets, names, title):
 
 
 def pictures(finding, sizes, rows, args):
-    """Samples of seed 0, a class a column; for schedules also what is decided when (Figure 3)."""
+    """Samples of seed 0, a class a column, averaged as they are scored, for of what is finer grain
+    would be seen alone; for schedules also what is decided when (Figure 3), averaged too.
+    """
     sheets, names, decided, whose = [], [], [], []
     for res in sizes:
         for name in rows:
             out = folder(finding, res, name, 0, args)
             samples = Image.open(out / "samples.png").crop((0, 0, 10 * res, res))
-            sheets.append(samples.resize((720, 72), Image.Resampling.LANCZOS))
+            sheets.append(samples.reduce(2**halvings(res)).resize((720, 72), LANCZOS))
             names.append(f"{res}, {name}")
             if name in ("cosine", "shifted, 32"):
                 strip = sample.grid(list(np.load(out / "decided.npy")), 4)
-                decided.append(strip.resize((4 * 144, 144), Image.Resampling.LANCZOS))
+                decided.append(strip.reduce(2**halvings(res)).resize((4 * 144, 144), LANCZOS))
                 whose.append(f"{res}, {name}")
     label_rows(sheets, names, {0: "3 to 12 petals"}).save(HERE / f"{finding}-{args.model}.png")
     if finding == "schedule":
