@@ -1324,6 +1324,8 @@ def test_ablations_train_score_and_write_a_table_and_go_on(tmp_path, monkeypatch
     assert f"| 64 | on | {np.mean(two):.4f} ± {abs(two[0] - two[1]) / 2**.5:.4f} |" in page and page.startswith("# Results\n\nbefore\n")
     gaps = [scores["off", seed]["structure"] - scores["on", seed]["structure"] for seed in (0, 1)]
     assert f"| 64 | on | {np.mean(gaps):+.4f} ± {abs(gaps[0] - gaps[1]) / 2**.5:.4f} |" in page
+    small, full = np.mean([scores["on", seed]["errors"] for seed in (0, 1)], 0)
+    assert f"| 64 | on | {small[0]:.3f} ({full[0]:.3f}) | {small[1]:.3f} ({full[1]:.3f}) |" in page
     assert Image.open(tmp_path / "multiscale-tiny.png").size[0] > 720
     when = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("*.*") if file.suffix in (".pt", ".json")}
     ablations.main(flags)

@@ -267,6 +267,13 @@ def table(finding, sizes, rows, args):
                 said.append(f"{np.mean(gaps):+.4f}"
                             + (f" ± {np.std(gaps, ddof=1):.4f}" if len(gaps) > 1 else ""))
             lines.append(f"| {res} | {name} | {' | '.join(said)} |")
+    lines += ["", "The rms error of x_hat, averaged and (as it is), by the logsnr of the averaged "
+              "picture, mean over the seeds:", "",
+              f"| size | row | {' | '.join(f'{level:g}' for level in LEVELS)} |", "|-" * 7 + "|"]
+    for (res, name), found in scores.items():
+        small, full = np.mean([s["errors"] for s in found], 0)
+        said = [f"{a:.3f} ({b:.3f})" for a, b in zip(small, full)]
+        lines.append(f"| {res} | {name} | {' | '.join(said)} |")
     return "\n".join(lines)
 
 

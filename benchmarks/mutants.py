@@ -316,6 +316,8 @@ FINDINGS_MUTANTS = [
     ("benchmarks/ablations.py", "sigma * z) / alpha", "sigma * z) * alpha", "ablations"),
     ("benchmarks/ablations.py", "-slope / 2 / 15", "-slope / 2", "ablations"),
     ("benchmarks/ablations.py", "gaps = [a[m] - b[m]", "gaps = [b[m] - a[m]", "ablations"),
+    ("benchmarks/ablations.py", "small, full = np.mean", "full, small = np.mean", "ablations"),
+    ("benchmarks/ablations.py", "args.rows or list(every)", "list(every)", "ablations"),
     ("benchmarks/ablations.py", "[\"settings\"] == settings", "[\"settings\"] == 0", "ablations"),
     ("benchmarks/arguments.py", "2 * tensor.numel() for", "4 * tensor.numel() for", "table_1"),
     ("benchmarks/arguments.py", "20 * conv.weight.numel()", "16 * conv.weight.numel()", "table_1"),
