@@ -1326,13 +1326,19 @@ def test_ablations_train_score_and_write_a_table_and_go_on(tmp_path, monkeypatch
     assert f"| 64 | on | {np.mean(gaps):+.4f} ± {abs(gaps[0] - gaps[1]) / 2**.5:.4f} |" in page
     small, full = np.mean([scores["on", seed]["errors"] for seed in (0, 1)], 0)
     assert f"| 64 | on | {small[0]:.3f} ({full[0]:.3f}) | {small[1]:.3f} ({full[1]:.3f}) |" in page
-    assert Image.open(tmp_path / "multiscale-tiny.png").size[0] > 720
+    gap = np.mean([scores["off", seed]["errors"][0][0] - scores["on", seed]["errors"][0][0] for seed in (0, 1)])
+    assert f"| 64 | less than off by | {gap:+.3f} ± " in page
+    assert Image.open(tmp_path / "multiscale-tiny-64-2x2-2-seeds.png").size[0] > 720
     when = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("*.*") if file.suffix in (".pt", ".json")}
     ablations.main(flags)
     assert when == {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("*.*") if file.suffix in (".pt", ".json")} and (tmp_path / "RESULTS.md").read_text() == page
-    ablations.main([*flags, "--rows", "on"])
-    page = (tmp_path / "RESULTS.md").read_text()
-    assert f"| 64 | on | {np.mean(two):.4f} ± {abs(two[0] - two[1]) / 2**.5:.4f} |" in page and "| off |" not in page
+    ablations.main([*flags, "--rows", "on"])                    # a table and a picture more
+    after = (tmp_path / "RESULTS.md").read_text()
+    some = after.removeprefix(page.rstrip())
+    assert len(some) < len(after) and f"| 64 | on | {np.mean(two):.4f} ± {abs(two[0] - two[1]) / 2**.5:.4f} |" in some and "off" not in some
+    assert Image.open(tmp_path / "multiscale-tiny-64-on-2x2-2-seeds.png")
+    ablations.main([*flags, "--rows", "on", "off"])             # the finding's order
+    assert (tmp_path / "RESULTS.md").read_text() == after
 
 
 def test_ablations_that_cannot_run_end_with_a_line(tmp_path, capsys):

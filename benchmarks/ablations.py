@@ -4,8 +4,8 @@ on the same pictures and noise, with each of several seeds; its samples and its 
     python benchmarks/ablations.py --finding schedule               on two CPU cores
     python benchmarks/ablations.py --finding schedule --sizes 64 128 256 512 --model small
 
-Resumable: the same command goes on. It writes a table into benchmarks/RESULTS.md and a picture,
-benchmarks/FINDING-MODEL.png. Sizes default to multiples of 9, whose transformer is at 9 x 9: a
+Resumable: the same command goes on. It writes a table into benchmarks/RESULTS.md and
+pictures beside it, named like the table. Sizes default to multiples of 9, whose transformer is at 9 x 9: a
 step of `tiny` at 72 and 144 takes a CPU 0.47 and 0.33 of one at 64 and 128.
 
 Structure is what is left after averaging to 32 x 32 or the next size above that halves evenly. It
@@ -231,6 +231,13 @@ def folder(finding, res, name, seed, args):
 
 # ---------------------------------------------------------------------------- table and picture
 
+def title(finding, sizes, rows, args):
+    """What tells a table and its pictures from others, which stay."""
+    some = [] if rows == list(FINDINGS[finding][2]) else rows
+    return "; ".join([f"{finding} {args.model}", " ".join(map(str, sizes)), *some,
+                      f"{args.steps}x{args.batch}", f"{args.seeds} seeds"])
+
+
 def table(finding, sizes, rows, args):
     says = FINDINGS[finding][0]
     metrics = [m for m in METRICS if m != "speed" or finding in ("patch", "blocks")]
@@ -256,9 +263,11 @@ def table(finding, sizes, rows, args):
                     detail=found["detail"])
         said = [METRICS[m].format(true[m]) if m in true else "" for m in metrics]
         lines.append(f"| {res} | real flowers | {' | '.join(said)} |")
-    first, *others = rows
-    lines += ["", f"Less than {first} by, mean ± deviation over the seeds (same pictures, same "
-              "noise):", "", "| size | row | structure | asymmetry | distance |", "|-|-|-|-|-|"]
+    first = next(iter(FINDINGS[finding][2]))
+    others = [name for name in rows if name != first] * (first in rows)
+    if others:
+        lines += ["", f"Less than {first} by, mean ± deviation over the seeds (same pictures, same "
+                  "noise):", "", "| size | row | structure | asymmetry | distance |", "|-|-|-|-|-|"]
     for res in sizes:
         for name in others:
             said = []
@@ -271,9 +280,16 @@ def table(finding, sizes, rows, args):
               "picture, mean over the seeds:", "",
               f"| size | row | {' | '.join(f'{level:g}' for level in LEVELS)} |", "|-" * 7 + "|"]
     for (res, name), found in scores.items():
-        small, full = np.mean([s["errors"] for s in found], 0)
+        errors = np.array([s["errors"] for s in found])
+        small, full = errors.mean(0)
         said = [f"{a:.3f} ({b:.3f})" for a, b in zip(small, full)]
         lines.append(f"| {res} | {name} | {' | '.join(said)} |")
+        if name in others and args.seeds > 1:
+            gaps = np.array([s["errors"] for s in scores[res, first]]) - errors
+            gap, off = gaps.mean(0), gaps.std(0, ddof=1)
+            said = [f"{gap[0, i]:+.3f} ± {off[0, i]:.3f} ({gap[1, i]:+.3f} ± {off[1, i]:.3f})"
+                    for i in range(len(LEVELS))]
+            lines.append(f"| {res} | less than {first} by | {' | '.join(said)} |")
     return "\n".join(lines)
 
 
@@ -307,10 +323,11 @@ def pictures(finding, sizes, rows, args):
                 strip = sample.grid(list(np.load(out / "decided.npy")), 4)
                 decided.append(strip.reduce(2**halvings(res)).resize((4 * 144, 144), LANCZOS))
                 whose.append(f"{res}, {name}")
-    label_rows(sheets, names, {0: "3 to 12 petals"}).save(HERE / f"{finding}-{args.model}.png")
-    if finding == "schedule":
-        title = {0: "x_hat at t = 0.8", 144: "t = 0.5", 288: "t = 0.2", 432: "the sample"}
-        label_rows(decided, whose, title).save(HERE / f"decided-{args.model}.png")
+    name = re.sub(r"\W+", "-", title(finding, sizes, rows, args))
+    label_rows(sheets, names, {0: "3 to 12 petals"}).save(HERE / f"{name}.png")
+    if decided:
+        above = {0: "x_hat at t = 0.8", 144: "t = 0.5", 288: "t = 0.2", 432: "the sample"}
+        label_rows(decided, whose, above).save(HERE / f"decided-{name}.png")
 
 
 def write_result(title, text):
@@ -344,8 +361,9 @@ def main(argv=None):
     # Rows at a time, the cores shared: one where speed is measured, or where there is one GPU.
     args.jobs = 1 if args.finding in ("patch", "blocks") or torch.cuda.is_available() else 2
     _, own, every = FINDINGS[args.finding]
-    sizes, rows = args.sizes or own, args.rows or list(every)
-    if not set(rows) <= set(every):
+    sizes = sorted(set(args.sizes or own))
+    rows = [name for name in every if name in (args.rows or every)]
+    if not set(args.rows or []) <= set(every):
         sample.fail(f"--rows must be of {', '.join(map(repr, every))}")
     cells = [(args.finding, res, name, seed, args)
              for seed in range(args.seeds) for res in sizes for name in rows]
@@ -364,7 +382,7 @@ def main(argv=None):
                     "command goes on")
     text = table(args.finding, sizes, rows, args)
     print(text)
-    write_result(f"{args.finding}, {args.model}, {' '.join(map(str, sizes))}", text)
+    write_result(title(args.finding, sizes, rows, args), text)
     pictures(args.finding, sizes, rows, args)
 
 
