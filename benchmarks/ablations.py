@@ -4,9 +4,9 @@ on the same pictures and noise, with each of several seeds; its samples and its 
     python benchmarks/ablations.py --finding schedule               on two CPU cores
     python benchmarks/ablations.py --finding schedule --sizes 64 128 256 512 --model small
 
-Resumable: the same command goes on. It writes a table into benchmarks/RESULTS.md and
-pictures beside it, named like the table. Sizes default to multiples of 9, whose transformer is at 9 x 9: a
-step of `tiny` at 72 and 144 takes a CPU 0.47 and 0.33 of one at 64 and 128.
+Resumable: the same command goes on. It writes a table into benchmarks/RESULTS.md and pictures beside
+it, named like the table. Sizes default to multiples of 9, whose transformer is at 9 x 9: a step of
+`tiny` at 72 and 144 takes a CPU 0.47 and 0.33 of one at 64 and 128.
 
 Structure is what is left after averaging to 32 x 32 or the next size above that halves evenly. It
 is scored apart: after 1,500 steps at 144 samples of `tiny` still are covered with grain. Levels are
@@ -266,8 +266,8 @@ def table(finding, sizes, rows, args):
     first = next(iter(FINDINGS[finding][2]))
     others = [name for name in rows if name != first] * (first in rows)
     if others:
-        lines += ["", f"Less than {first} by, mean ± deviation over the seeds (same pictures, same "
-                  "noise):", "", "| size | row | structure | asymmetry | distance |", "|-|-|-|-|-|"]
+        lines += ["", f"Less than {first} by, mean ± deviation over the seeds (same pictures, "
+                  "same noise):", "", "| size | row | structure | asymmetry | distance |", "|-|-|-|-|-|"]
     for res in sizes:
         for name in others:
             said = []
@@ -309,8 +309,8 @@ def label_rows(sheets, names, title):
 
 
 def pictures(finding, sizes, rows, args):
-    """Samples of seed 0, a class a column, averaged as they are scored, for of what is finer grain
-    would be seen alone; for schedules also what is decided when (Figure 3), averaged too.
+    """Samples of seed 0, a class a column, averaged as they are scored: what is finer is mostly
+    grain; for schedules also what is decided when (Figure 3), averaged too.
     """
     sheets, names, decided, whose = [], [], [], []
     for res in sizes:
