@@ -4,9 +4,9 @@ on the same pictures and noise, with each of several seeds; its samples and its 
     python benchmarks/ablations.py --finding schedule               on two CPU cores
     python benchmarks/ablations.py --finding schedule --sizes 64 128 256 512 --model small
 
-Resumable: the same command goes on. It writes a table into benchmarks/RESULTS.md and pictures beside
-it, named like the table. Sizes default to multiples of 9, whose transformer is at 9 x 9: a step of
-`tiny` at 72 and 144 takes a CPU 0.47 and 0.33 of one at 64 and 128.
+Resumable: the same command goes on. It writes a table into benchmarks/RESULTS.md and pictures
+beside it, named like the table. Sizes default to multiples of 9, whose transformer is at 9 x 9: a
+step of `tiny` at 72 and 144 takes a CPU 0.47 and 0.33 of one at 64 and 128.
 
 Structure is what is left after averaging to 32 x 32 or the next size above that halves evenly. It
 is scored apart: after 1,500 steps at 144 samples of `tiny` still are covered with grain. Levels are
@@ -267,7 +267,8 @@ def table(finding, sizes, rows, args):
     others = [name for name in rows if name != first] * (first in rows)
     if others:
         lines += ["", f"Less than {first} by, mean ± deviation over the seeds (same pictures, "
-                  "same noise):", "", "| size | row | structure | asymmetry | distance |", "|-|-|-|-|-|"]
+                  "same noise):", "",
+                  "| size | row | structure | asymmetry | distance |", "|-|-|-|-|-|"]
     for res in sizes:
         for name in others:
             said = []
