@@ -240,7 +240,7 @@ def load_model(path, device):
 def main(argv=None):
     parser = Parser(description="Draw pictures with a trained model.", allow_abbrev=False)
     parser.add_argument("--ckpt", default="", help="model.pt of a run (default: the newest, or, if "
-                        "there is none, assets/words.pt)")
+                        "there is none, assets/flowers.pt; with prompts: words.pt)")
     parser.add_argument("--out", default="", help="folder for the pictures (default: samples)")
     parser.add_argument("--n", type=whole, help="how many (default: 16, or one for each prompt)")
     parser.add_argument("--steps", type=whole, default=128, help="network calls per picture")
@@ -283,7 +283,7 @@ def main(argv=None):
         if getattr(args, name) > most:
             fail(f"--{name} {getattr(args, name)}: must be at most {most}")
     found = filter(os.path.isfile, glob.glob("runs/*/model.pt"))
-    released = Path(__file__).parent / "assets" / "words.pt"
+    released = Path(__file__).parent / "assets" / ("words.pt" if args.prompt else "flowers.pt")
     ckpt = args.ckpt or max(found, key=os.path.getmtime, default=released)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, bf16 = pick_device()

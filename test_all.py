@@ -1290,6 +1290,32 @@ def test_gradient_noise_is_that_of_a_slow_loop(tmp_path, capsys):
     assert "was not trained on the flowers by class" in one_line(capsys, arguments.main, ["gradient", "--ckpt", str(tmp_path / "model.pt")])
 
 
+def test_what_each_schedule_has_decided_is_read_at_its_own_logsnr(tmp_path, monkeypatch, capsys):
+    """Figure 3 with samples: cosine above, shifted below, x_hat at t = 0.8, 0.5, 0.2 and 0 of a network that paints its clock."""
+    sys.path.insert(0, str(HERE / "benchmarks"))
+    import arguments
+    asked = []
+
+    def clock(z, logsnr, label):                        # x_hat = logsnr / 20, v_hat = (alpha z - x_hat) / sigma
+        asked.append(label.tolist())
+        alpha, sigma = schedule.alpha_sigma(logsnr)
+        return (alpha * z - (logsnr[:, None, None, None] / 20).clamp(-1, 1)) / sigma
+
+    clock.classes = 10
+    saved = dict(classes=data.Flowers(64).classes, config=vars(train.parse_config(["--res", "144"])))
+    monkeypatch.setattr(arguments, "load_model", lambda path, device: (clock, saved))
+    arguments.decided("model.pt", tmp_path / "decided.png")
+    assert asked == [[4, 10]] * 400                     # seven petals, and no class: guided
+    sheet = np.asarray(Image.open(tmp_path / "decided.png").convert("RGB"))
+    for row, shift in enumerate((0, 2 * math.log(32 / 144))):
+        for column, t in enumerate((.8, .5, .2, 1 / 200)):
+            painted = sheet[26 + 148 * row + 72, 170 + 144 * column + 72]
+            clipped = math.atan(math.exp(-7.5))         # logsnr 15
+            wanted = (-2 * math.log(math.tan(clipped + t * (math.pi / 2 - 2 * clipped))) + shift) / 20
+            assert np.abs(painted / 127.5 - 1 - wanted).max() < .006, (row, t, painted / 127.5 - 1, wanted)
+    assert "needs --ckpt" in one_line(capsys, arguments.main, ["decided"])
+
+
 def test_gradient_noise_of_known_draws():
     """Gradients of 5 numbers, mean 0.5 and deviation 2: the squared mean is a sixteenth of the variance."""
     sys.path.insert(0, str(HERE / "benchmarks"))
@@ -2842,10 +2868,26 @@ def test_wrong_call_of_sample_is_one_line_and_exit_code_2(tmp_path, trained_run,
 
 def test_sample_without_a_run_draws_with_the_released_weights(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for flags in (["--n", "1"], ["--prompt", "a red flower with five petals", "--guidance", "3"]):
+    words = ["--prompt", "a red flower with five petals", "--guidance", "3"]
+    for flags, name, size in (["--n", "1"], "flowers", 144), (words, "words", 40):
         sampling.main([*flags, "--steps", "1"])
-        assert "assets/words.pt" in capsys.readouterr().out and Image.open("samples/000000.png").size == (40, 40)
-    assert (HERE / "assets/words.pt").stat().st_size <= 16e6
+        assert f"assets/{name}.pt" in capsys.readouterr().out and Image.open("samples/000000.png").size == (size, size)
+        assert (HERE / f"assets/{name}.pt").stat().st_size <= 16e6
+
+
+@torch.no_grad()
+def test_released_flowers_know_their_class():
+    """assets/flowers.pt on 40 flowers it has not seen: the right class helps."""
+    model, saved = sampling.load_model(HERE / "assets" / "flowers.pt", "cpu")
+    assert {weights.dtype for weights in saved["ema"].values()} == {torch.bfloat16} and saved["config"]["out"] == ""
+    fresh = data.Flowers(saved["config"]["res"], 12345)
+    x, label = (torch.stack(part) for part in zip(*[fresh[n][:2] for n in range(40)]))
+    logsnr = torch.full((40,), -3.)
+    eps, (alpha, sigma) = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)), schedule.alpha_sigma(logsnr)
+    z = alpha * x + sigma * eps
+    right, wrong = ((losses.x_from_v(z, model(z, logsnr, asked), alpha, sigma) - x).square().mean()
+                    for asked in (label[:, 0], (label[:, 0] + 5) % 10))
+    assert right < .05 and wrong > 1.1 * right, (right, wrong)
 
 
 def test_sample_killed_half_way_goes_on_to_the_same_pictures(tmp_path, trained_run, monkeypatch, capsys):

@@ -1,8 +1,10 @@
-"""The paper's two arguments, computed from our own modules.
+"""The paper's arguments, computed from our own modules.
 
     python benchmarks/arguments.py table1       why to scale at 16 x 16 (Section 3.3, Table 1)
     python benchmarks/arguments.py gradient --ckpt runs/NAME/model.pt
                                                 why high resolutions are noisy to learn from (3.2)
+    python benchmarks/arguments.py decided --ckpt assets/flowers.pt
+                                                why to shift: Figure 3 with samples
 
 table1 needs no weights: it counts on PyTorch's meta device. Bytes are those of training: 2 for
 each activation that the backward pass keeps (bfloat16), 20 for each weight (float32 weight,
@@ -17,10 +19,13 @@ import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
+from ablations import label_rows
+from checkpoint import write
 from data import Flowers
 from loss import eps_from_v
-from sample import Parser, fail, load_model
+from sample import Parser, fail, grid, load_model, picture_noise, sample, to_uint8
 from schedule import alpha_sigma, logsnr_schedule, side
 from train import draw_noise
 from uvit import PRESETS, AttentionBlock, MLPBlock, ResBlock
@@ -105,6 +110,17 @@ def jackknife(grams, squares, pictures):
     return signal(grams, squares, pictures), error
 
 
+def flowers_model(ckpt):
+    """model.pt of flowers by class -> network, configuration."""
+    try:
+        model, saved = load_model(ckpt, torch.device("cpu"))
+        if saved["classes"] != Flowers(64).classes or saved["config"]["data"]:
+            raise ValueError(f"{ckpt}: was not trained on the flowers by class")
+    except ValueError as error:
+        fail(f"--ckpt {error}")
+    return model, saved["config"]
+
+
 def gradient(ckpt, pictures):
     """Of the plain loss of eps and of its error averaged by 2, 4, ...: how noisy the gradient is,
     its variance from picture to picture over its squared mean, which is about the batch that is
@@ -112,13 +128,7 @@ def gradient(ckpt, pictures):
     below); and how much of the error's power is left (of white noise: a quarter each time).
     Takes 32 bytes for each weight and scale: meant for `tiny`.
     """
-    try:
-        model, saved = load_model(ckpt, torch.device("cpu"))
-        if saved["classes"] != Flowers(64).classes or saved["config"]["data"]:
-            raise ValueError(f"{ckpt}: was not trained on the flowers by class")
-    except ValueError as error:
-        fail(f"--ckpt {error}")
-    config = saved["config"]
+    model, config = flowers_model(ckpt)
     res = config["res"]
     logsnr, data = logsnr_schedule(config["schedule"], res, config["noise_d"]), Flowers(res, 7)
     model.requires_grad_(True)
@@ -152,16 +162,38 @@ def gradient(ckpt, pictures):
         print(f"| {side(res) / by:.0f} | {share:.1%} | {said} |")
 
 
+def decided(ckpt, file, steps=200, times=(.8, .5, .2)):
+    """Figure 3 with samples: x_hat at these t, then the sample; above by the cosine schedule, below
+    by the shifted one. One network draws both, since its clock is logsnr, and without fresh noise
+    (DDIM) both draw the same flower: one of seven petals, guidance 3.
+    """
+    model, config = flowers_model(ckpt)
+    strips, label = [], torch.tensor([Flowers(64).classes.index("7 petals")])
+    for schedule in ("cosine", "shifted"):
+        shots = []                          # x_hat of each step, the last is the sample
+        sample(model, logsnr_schedule(schedule, config["res"], config["noise_d"]),
+               picture_noise(0, [0], config["res"], "cpu"), steps, label, "ddim", guidance=3.0,
+               bar=True, watch=lambda step, z, x_hat: shots.append(x_hat))
+        tiles = [shots[round((1 - t) * steps)] for t in times] + shots[-1:]
+        strips.append(grid(list(to_uint8(torch.cat(tiles))), len(tiles)))
+    wide = strips[0].width // (len(times) + 1)
+    above = {i * wide: f"t = {t:g}" for i, t in enumerate(times)} | {len(times) * wide: "t = 0"}
+    sheet = label_rows(strips, ["cosine", "shifted"], above)
+    write(Path(file), lambda out: sheet.save(out, "PNG"))
+
+
 def main(argv=None):
     parser = Parser(description="Compute an argument of the paper.")
-    parser.add_argument("argument", choices=["table1", "gradient"])
+    parser.add_argument("argument", choices=["table1", "gradient", "decided"])
     parser.add_argument("--ckpt", default="", help="model.pt of flowers by class, a large --res")
     parser.add_argument("--pictures", type=int, default=400)
     args = parser.parse_args(argv)
     if args.argument == "table1":
         return table1()
     if not args.ckpt:
-        fail("gradient: needs --ckpt, a model.pt of flowers by class")
+        fail(f"{args.argument}: needs --ckpt, a model.pt of flowers by class")
+    if args.argument == "decided":
+        return decided(args.ckpt, ROOT / "assets" / "decided.png")
     if args.pictures < 2 * GROUPS or args.pictures % GROUPS:
         fail(f"--pictures {args.pictures}: must be a multiple of {GROUPS}, {2 * GROUPS} or more")
     gradient(args.ckpt, args.pictures)

@@ -330,6 +330,10 @@ FINDINGS_MUTANTS = [
     ("benchmarks/arguments.py", "grams[kept][:, kept]", "grams", "gradient_noise"),
     ("benchmarks/arguments.py", "squares[k, n % GROUPS] +=", "squares[k, 0] +=", "gradient_noise"),
     ("benchmarks/arguments.py", "power / power[0]", "power", "gradient_noise"),
+    ("benchmarks/arguments.py", "for schedule in (\"cosine\", \"shifted\")", "for schedule in (\"shifted\", \"cosine\")", "own_logsnr"),
+    ("benchmarks/arguments.py", "round((1 - t) * steps)", "round(t * steps)", "own_logsnr"),
+    ("benchmarks/arguments.py", "\"ddim\", guidance=3.0", "\"ddim\", guidance=1.0", "own_logsnr"),
+    ("sample.py", "(\"words.pt\" if args.prompt else \"flowers.pt\")", "\"words.pt\"", "without_a_run"),
 ]
 
 
