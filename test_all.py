@@ -1195,6 +1195,13 @@ def test_score_asks_for_200_new_flowers_and_says_how_often_pictures_are_what_pro
     score.main([str(tmp_path), "--prompts", str(tmp_path / "asked")])
     said = capsys.readouterr().out
     assert f"| {tmp_path} | 4 | 50.0% | 75.0% |" in said and "number of petals: 6 0%, 8 100%\n" in said and "by colour: red 100%, white 50%\n" in said
+    for i, k in enumerate((3, 5, 5, 6)):                                        # of 3, 4, 5, 6
+        picture, _ = data.draw_flower(np.random.default_rng(i), k, 48)
+        Image.fromarray((picture * 255).astype(np.uint8)).save(tmp_path / f"{i:06d}.png")
+    score.main([str(tmp_path), "--classes"])
+    said = capsys.readouterr().out
+    assert f"| {tmp_path} | 4 | 75.0% | |" in said.replace("  ", " ") and "petals: 3 100%, 4 0%, 5 100%, 6 100%\n" in said and "by colour" not in said
+    assert "not allowed with" in one_line(capsys, score.main, ["--classes", "--prompts", "x"])
 
 
 def test_detail_and_distance_see_blur_broken_structure_and_wrong_colours():

@@ -1,6 +1,7 @@
 """Scores flowers by what is seen in the picture: no trained network, no download.
 
     python benchmarks/score.py samples                  the flowers of a folder, beside real ones
+    python benchmarks/score.py samples --classes        and how often they are of their class
     python benchmarks/score.py --new prompts.txt        200 prompts for what is never shown, and
     python benchmarks/score.py samples --prompts prompts.txt    how often pictures are what they say
 
@@ -273,7 +274,10 @@ def main(argv=None):
     parser = Parser(description="Score flowers by what is seen in the picture.")
     parser.add_argument("folder", nargs="?", default="samples",
                         help="of pictures, 000000.png and so on (default: samples)")
-    parser.add_argument("--prompts", help="file of what they were to be, a line each, in turns")
+    asks = parser.add_mutually_exclusive_group()
+    asks.add_argument("--classes", action="store_true",
+                      help="they were to be of 3 to 12 petals, in turns, as sample.py draws classes")
+    asks.add_argument("--prompts", help="file of what they were to be, a line each, in turns")
     parser.add_argument("--efficientnet", action="store_true",
                         help="measure the distance on features of a trained network")
     parser.add_argument("--new", metavar="FILE", help="write the 200 prompts to this file, and end")
@@ -283,6 +287,7 @@ def main(argv=None):
             return Path(args.new).write_text("\n".join(new_prompts()) + "\n")
         lines = Path(args.prompts).read_text("utf-8-sig").splitlines() if args.prompts else []
         wanted = [asked(line) for line in lines if line.strip()]
+        wanted = [(None, k) for k in NUMBER] if args.classes else wanted
         files = sorted(Path(args.folder).glob("[0-9]*.png"))
         pictures = [torch.from_numpy(np.array(Image.open(file).convert("RGB"))) for file in files]
         x = torch.stack(pictures).permute(0, 3, 1, 2) / 255 if pictures else None
