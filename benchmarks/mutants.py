@@ -295,6 +295,8 @@ WORDS_MUTANTS = [
 ]
 
 FINDINGS_MUTANTS = [
+    ("benchmarks/score.py", "spectrum[..., NUMBER[0] - 1:NUMBER[-1]].sum(1)", "shares(spectrum / RADII[:, None])", "one_is_missing"),
+    ("benchmarks/score.py", "[(None, k) for k in NUMBER] if", "[(None, k + 1) for k in NUMBER] if", "score_asks"),
     ("sample.py", "watch(i, z, x_hat)\n", "watch(i, x_hat, z)\n", "film"),
     ("sample.py", "(args.steps - 1) / 8", "(args.steps - 1) / 9", "film"),
     ("sample.py", "and args.film and 0 in indices", "and args.film", "film"),

@@ -6,9 +6,9 @@
     python benchmarks/score.py samples --prompts prompts.txt    how often pictures are what they say
 
 A flower is looked at in rings round its centre. All petals are one petal, so the spectrum of a ring
-has power only at multiples of their number k: the centre and k are those that make it so.
+has power only at multiples of their number k: the centre is where that is most so for some k.
 
-    petals      k, 3 to 12
+    petals      k, 3 to 12: the period that is strongest
     colour      of the outer part of the petals, by name (data.py: PETALS)
     axes        height over width at which the flower is most symmetric; 1 is round
     asymmetry   turned by 2 pi / k, how much changes, over what varies round the centre: 0, all
@@ -76,10 +76,10 @@ def find(x):
         share = shares(power(rings(x, tried, one.expand(B, len(moves)))))
         gain = (share - 1 / torch.tensor(NUMBER)).amax(-1)      # noise has 1/k at multiples of k
         centre = tried[torch.arange(B), gain.argmax(1)][:, None]
-    share = shares(power(rings(x, centre, one)))[:, 0]
-    # All multiples of 6 are multiples of 3: the largest number that explains nearly as much.
-    good = share > .85 * share.amax(1, keepdim=True)
-    return centre, torch.tensor(NUMBER)[(good * torch.arange(1, 11)).argmax(1)]
+    # What repeats most strongly, as an eye counts. (By its share a 9 whose petals are not quite
+    # alike would be a 3: all multiples of 9 are multiples of 3.)
+    spectrum = power(rings(x, centre, one))[:, 0] * RADII[:, None]
+    return centre, spectrum[..., NUMBER[0] - 1:NUMBER[-1]].sum(1).argmax(1) + NUMBER[0]
 
 
 def edge(spectrum, petals):
