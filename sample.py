@@ -239,8 +239,8 @@ def load_model(path, device):
 
 def main(argv=None):
     parser = Parser(description="Draw pictures with a trained model.", allow_abbrev=False)
-    parser.add_argument("--ckpt", default="", help="model.pt of a run (default: the newest, or, if "
-                        "there is none, assets/flowers.pt; with prompts: words.pt)")
+    parser.add_argument("--ckpt", default="", help="model.pt of a run (default: the newest; where "
+                        "there is no run, assets/flowers.pt, or with prompts assets/words.pt)")
     parser.add_argument("--out", default="", help="folder for the pictures (default: samples)")
     parser.add_argument("--n", type=whole, help="how many (default: 16, or one for each prompt)")
     parser.add_argument("--steps", type=whole, default=128, help="network calls per picture")
@@ -298,7 +298,8 @@ def main(argv=None):
     logsnr = logsnr_schedule(schedule, config["res"], config["noise_d"])
 
     if args.prompt and not config["text"]:
-        fail(f"--prompt: needs a model with --text, and {ckpt} was trained without")
+        fail(f"--prompt: needs a model with --text, and {ckpt} was trained without; "
+             "--ckpt assets/words.pt has it")
     if args.portrait and not config["portrait"]:
         fail(f"--portrait: needs a model with --portrait, and {ckpt} was trained without")
     if not classes and args.label:

@@ -1308,13 +1308,14 @@ def test_gradient_noise_is_that_of_a_slow_loop(tmp_path, capsys):
 
 
 def test_what_each_schedule_has_decided_is_read_at_its_own_logsnr(tmp_path, monkeypatch, capsys):
-    """Figure 3 with samples: cosine above, shifted below, x_hat at t = 0.8, 0.5, 0.2 and 0 of a network that paints its clock."""
+    """After Figure 3: cosine above, shifted below, x_hat at t = 0.8, 0.5, 0.2 and 0 of a network that paints its clock."""
     sys.path.insert(0, str(HERE / "benchmarks"))
     import arguments
-    asked = []
+    asked, seen = [], []
 
     def clock(z, logsnr, label):                        # x_hat = logsnr / 20, v_hat = (alpha z - x_hat) / sigma
         asked.append(label.tolist())
+        seen.append((z[:1], logsnr[:1]))
         alpha, sigma = schedule.alpha_sigma(logsnr)
         return (alpha * z - (logsnr[:, None, None, None] / 20).clamp(-1, 1)) / sigma
 
@@ -1323,6 +1324,11 @@ def test_what_each_schedule_has_decided_is_read_at_its_own_logsnr(tmp_path, monk
     monkeypatch.setattr(arguments, "load_model", lambda path, device: (clock, saved))
     arguments.decided("model.pt", tmp_path / "decided.png")
     assert asked == [[4, 10]] * 400                     # seven petals, and no class: guided
+    assert torch.equal(seen[0][0], seen[200][0]) and abs(seen[0][0].std() - 1) < .02        # the same noise
+    for (z, clock_t), (after, clock_s) in zip(seen[:3], seen[1:]):                          # and no more of it: DDIM
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.alpha_sigma(clock_t), schedule.alpha_sigma(clock_s)
+        x_hat = (clock_t / 20).clamp(-1, 1)
+        assert torch.allclose(after, alpha_s * x_hat + sigma_s / sigma_t * (z - alpha_t * x_hat), atol=1e-4)
     sheet = np.asarray(Image.open(tmp_path / "decided.png").convert("RGB"))
     for row, shift in enumerate((0, 2 * math.log(32 / 144))):
         for column, t in enumerate((.8, .5, .2, 1 / 200)):

@@ -175,7 +175,7 @@ def cell(finding, res, name, seed, args):
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
     flags, change = FINDINGS[finding][2][name]
     out = folder(finding, res, name, seed, args)
-    settings = dict(samples=args.samples, sample_steps=args.sample_steps)
+    settings = dict(samples=args.samples, sample_steps=args.sample_steps, score=2)
     try:
         if json.loads((out / "scores.json").read_text())["settings"] == settings:
             return out

@@ -4,7 +4,7 @@
     python benchmarks/arguments.py gradient --ckpt runs/NAME/model.pt
                                                 why high resolutions are noisy to learn from (3.2)
     python benchmarks/arguments.py decided --ckpt assets/flowers.pt
-                                                why to shift: Figure 3 with samples
+                                                why to shift: after Figure 3, with samples
 
 table1 needs no weights: it counts on PyTorch's meta device. Bytes are those of training: 2 for
 each activation that the backward pass keeps (bfloat16), 20 for each weight (float32 weight,
@@ -163,7 +163,7 @@ def gradient(ckpt, pictures):
 
 
 def decided(ckpt, file, steps=200, times=(.8, .5, .2)):
-    """Figure 3 with samples: x_hat at these t, then the sample; above by the cosine schedule, below
+    """After Figure 3, with samples: x_hat at these t, then the sample; above by the cosine schedule, below
     by the shifted one. One network draws both, since its clock is logsnr, and without fresh noise
     (DDIM) both draw the same flower: one of seven petals, guidance 3.
     """

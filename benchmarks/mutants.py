@@ -335,6 +335,8 @@ FINDINGS_MUTANTS = [
     ("benchmarks/arguments.py", "for schedule in (\"cosine\", \"shifted\")", "for schedule in (\"shifted\", \"cosine\")", "own_logsnr"),
     ("benchmarks/arguments.py", "round((1 - t) * steps)", "round(t * steps)", "own_logsnr"),
     ("benchmarks/arguments.py", "\"ddim\", guidance=3.0", "\"ddim\", guidance=1.0", "own_logsnr"),
+    ("benchmarks/arguments.py", "label, \"ddim\"", "label, \"ancestral\"", "own_logsnr"),
+    ("benchmarks/arguments.py", "picture_noise(0, [0]", "picture_noise(len(strips), [0]", "own_logsnr"),
     ("sample.py", "(\"words.pt\" if args.prompt else \"flowers.pt\")", "\"words.pt\"", "without_a_run"),
 ]
 
@@ -349,6 +351,7 @@ def main(mutants):
             for source in [*HERE.glob("*.py"), HERE / "LICENSE"]:
                 shutil.copy(source, folder)
             shutil.copytree(HERE / "benchmarks", Path(folder, "benchmarks"))
+            Path(folder, "assets").symlink_to(HERE / "assets")
             target = Path(folder, file)
             text = target.read_text()
             assert text.count(old) == 1, f"{file}: {old!r} stands {text.count(old)} times"

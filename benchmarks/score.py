@@ -8,7 +8,8 @@
 A flower is looked at in rings round its centre. All petals are one petal, so the spectrum of a ring
 has power only at multiples of their number k: the centre is where that is most so for some k.
 
-    petals      k, 3 to 12: the period that is strongest
+    petals      k, 3 to 12, with the most power at k periods a turn. Two lobes cannot be read, and
+                shapes without petals lean to a small k
     colour      of the outer part of the petals, by name (data.py: PETALS)
     axes        height over width at which the flower is most symmetric; 1 is round
     asymmetry   turned by 2 pi / k, how much changes, over what varies round the centre: 0, all
@@ -76,8 +77,8 @@ def find(x):
         share = shares(power(rings(x, tried, one.expand(B, len(moves)))))
         gain = (share - 1 / torch.tensor(NUMBER)).amax(-1)      # noise has 1/k at multiples of k
         centre = tried[torch.arange(B), gain.argmax(1)][:, None]
-    # What repeats most strongly, as an eye counts. (By its share a 9 whose petals are not quite
-    # alike would be a 3: all multiples of 9 are multiples of 3.)
+    # The strongest number of periods a turn. (By its share a 9 whose petals are not quite alike
+    # would be a 3: all multiples of 9 are multiples of 3.)
     spectrum = power(rings(x, centre, one))[:, 0] * RADII[:, None]
     return centre, spectrum[..., NUMBER[0] - 1:NUMBER[-1]].sum(1).argmax(1) + NUMBER[0]
 
