@@ -162,12 +162,13 @@ def gradient(ckpt, pictures):
         print(f"| {side(res) / by:.0f} | {share:.1%} | {said} |")
 
 
-def decided(ckpt, file, steps=200, times=(.8, .5, .2)):
-    """After Figure 3, with samples: x_hat at these t, then the sample; above by the cosine schedule, below
-    by the shifted one. One network draws both, since its clock is logsnr, and without fresh noise
-    (DDIM) both draw the same flower: one of seven petals, guidance 3.
+def decided(ckpt, file):
+    """After Figure 3, with samples: x_hat at three t, then the sample; above by the cosine
+    schedule, below by the shifted one. One network draws both, since its clock is logsnr, and
+    without fresh noise (DDIM) both draw the same flower: one of seven petals, guidance 3.
     """
     model, config = flowers_model(ckpt)
+    steps, times = 200, (.8, .5, .2)
     strips, label = [], torch.tensor([Flowers(64).classes.index("7 petals")])
     for schedule in ("cosine", "shifted"):
         shots = []                          # x_hat of each step, the last is the sample
@@ -179,7 +180,10 @@ def decided(ckpt, file, steps=200, times=(.8, .5, .2)):
     wide = strips[0].width // (len(times) + 1)
     above = {i * wide: f"t = {t:g}" for i, t in enumerate(times)} | {len(times) * wide: "t = 0"}
     sheet = label_rows(strips, ["cosine", "shifted"], above)
-    write(Path(file), lambda out: sheet.save(out, "PNG"))
+    try:
+        write(file, lambda out: sheet.save(out, "PNG"))
+    except OSError as error:
+        fail(f"{file}: {error.strerror or error}", 1)
 
 
 def main(argv=None):
