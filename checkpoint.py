@@ -7,16 +7,18 @@ after its checksums, and never runs what it holds.
 import json
 import os
 import pickle
+import re
 import sys
 import time
 import zipfile
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 FORMAT = 2                  # of checkpoints and of model.pt; a file of a later one is refused
 BEFORE = dict(net="uvit", blocks_16=0, skips="block", text="", text_length=128,
-              portrait=False)       # what older configurations do not say
+              portrait=False, init="")       # what older configurations do not say
 KEYS = dict(format=int, config=dict, classes=list, step=int, ema=dict)
 
 
@@ -89,8 +91,52 @@ def release(path, out):
     saved = read(path)
     saved = {key: saved[key] for key in KEYS}
     saved["ema"] = {name: weights.bfloat16() for name, weights in saved["ema"].items()}
-    saved["config"] = saved["config"] | dict(data="", out="")
+    saved["config"] = saved["config"] | dict(data="", out="", init="")
     write(out, lambda file: torch.save(saved, file))
+
+
+# What classes, the way up and captions add to a network.
+CONDITIONS = re.compile(r"embedding\.(label|portrait|text)\.|text\.|transformer\.\d+\.2\.")
+
+
+@torch.no_grad()
+def carry_over(weights, model):
+    """Weights of such a network, of any size, classes or captions -> into `model`, where they fit.
+
+    Not in the paper. weights: a state_dict. With more levels of wavelet the coarse bands, which are
+    the first channels, go the way they went, and the new ones start as in a new network. A position
+    keeps its distance from the middle, in shorter sides of the map. Of other classes only the null
+    class is kept. A way up that was not told before starts unheard.
+    Raises ValueError if it is another network.
+    """
+    own = model.state_dict()                    # shares its memory with the parameters
+    last = len(model.up) - 1
+    top = re.compile(rf"project_|norm_out\.|(down|pool)\.0\.|(up|unpool)\.{last}\.")
+    for name in sorted(own.keys() | weights.keys()):
+        new, old = (part.get(name, torch.empty(())) for part in (own, weights))
+        alike = new.dim() == old.dim() and new.shape[2:] == old.shape[2:]
+        if CONDITIONS.match(name) and name in own.keys() ^ weights.keys():
+            if name == "embedding.portrait.weight":
+                new.zero_()
+        elif new.shape == old.shape:
+            new.copy_(old)
+        elif name == "embedding.label.weight" and new.shape[1] == old.shape[1]:
+            new[-1] = old[-1]
+        elif name == "position" and new.shape[:2] == old.shape[:2]:
+            (H, W), (h, w) = new.shape[2:], old.shape[2:]
+            y, x = ((torch.arange(n) + .5 - n / 2) * 2 / m * min(h, w) / min(H, W)
+                    for n, m in ((H, h), (W, w)))       # the old map spans [-1, 1]
+            at = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)[None]     # (1, H, W, 2)
+            new.copy_(F.grid_sample(old.float(), at, padding_mode="border", align_corners=False))
+        elif top.match(name) and alike:
+            if ".film." in name:                # scales, then shifts
+                new, old = (part.unflatten(0, (2, -1)).transpose(0, 1) for part in (new, old))
+            corner = tuple(slice(min(sizes)) for sizes in zip(new.shape, old.shape))
+            new[corner[0]] = 0                  # what was there does not hear what is new
+            new[corner] = old[corner]
+        else:
+            raise ValueError(f"weights of another network: {name} is {list(old.shape)} there, "
+                             f"{list(new.shape)} here")
 
 
 def lock(path, patience=60):

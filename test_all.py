@@ -732,7 +732,7 @@ def test_down_is_average_pool_and_up_is_nearest():
     assert torch.equal(up[..., ::2, ::2], up[..., 1::2, 1::2]) and up.shape == (1, 32, 4, 4)
 
 
-PARAMETERS = {"tiny": 2.5, "small": 48.6, "base": 360.6, "paper": 2455.8}       # millions: the README's table
+PARAMETERS = {"tiny": 2.6, "small": 48.6, "base": 360.6, "paper": 2455.8}       # millions: the README's table
 
 
 @pytest.mark.parametrize("name", uvit.PRESETS)
@@ -754,6 +754,85 @@ def test_top_level_is_never_above_128(res, levels, top):
         assert model(torch.zeros(1, 3, res, res), torch.zeros(1)).shape == (1, 3, res, res)
     assert model.levels == levels and shapes[0][-2:] == (top, top)
     assert model.position.shape[-1] in range(9, 17)
+
+
+@pytest.mark.parametrize("net, res, width", [("uvit", "64", 16), ("uvit", "256", 16), ("uvit", "384x640", 48), ("uvit", "1024", 192),
+                                             ("unet", "256", 16), ("unet", "384x640", 48)])
+def test_top_level_is_as_wide_as_there_are_bands(net, res, width):
+    config = vars(train.parse_config(["--res", res, "--model", "tiny", "--net", net]))
+    with torch.device("meta"):
+        model = sampling.network(config, 0)
+    assert model.project_in.out_channels == model.norm_out.num_channels == width
+
+
+# ---------------------------------------------------------------------------- checkpoint.py: carry_over, --init
+
+@torch.no_grad()
+def carried(start, options):
+    """A network of random weights, and one of other options that starts from them."""
+    first = random_weights(small_uvit(**(dict(residual=True) | start))).float().eval()
+    second = small_uvit(**(dict(residual=True) | options)).eval()
+    random_weights(second).float()
+    torch.nn.init.zeros_(second.project_out.weight), torch.nn.init.zeros_(second.project_out.bias)    # as at the start
+    for part in second.modules():
+        if isinstance(part, uvit.ResBlock):
+            torch.nn.init.zeros_(part.conv_out.weight), torch.nn.init.zeros_(part.conv_out.bias)
+    checkpoint.carry_over(first.state_dict(), second)
+    return first, second
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("residual", [False, True])
+def test_network_of_twice_the_size_does_to_the_low_band_what_it_did_to_the_picture(residual):
+    shape = dict(widths=(16, 16, 16, 32), blocks=(1, 1, 1), residual=residual)
+    first, second = carried(dict(shape, res="160x288"), dict(shape, res="320x576"))
+    assert (first.project_in.weight.shape[:2], second.project_in.weight.shape[:2]) == ((16, 12), (48, 48))
+    z, logsnr, label = torch.randn(2, 3, 320, 576), torch.tensor([-3., 4.]), torch.tensor([1, 10])
+    small = first(wavelet.dwt(z, 1)[:, :3], logsnr, label)
+    bands = wavelet.dwt(second(z, logsnr, label), 1)
+    assert small.abs().max() > .1 and bands[:, 3:].abs().max() == 0
+    assert torch.allclose(bands[:, :3], small, atol=1e-4 * small.abs().max())
+    assert second.project_in.weight[16:].abs().max() > 0 < second.down[0][0].conv_in.weight[16:].abs().max()     # free to learn
+
+
+@torch.no_grad()
+def test_carried_positions_keep_their_distance_from_the_middle_in_shorter_sides():
+    first, second, third = (small_uvit(res, depth=1) for res in (96, "96x160", "72x144"))
+    assert [model.position.shape[2:] for model in (first, second, third)] == [(12, 12), (12, 20), (9, 18)]
+    checkpoint.carry_over(first.state_dict(), second)
+    assert torch.allclose(second.position[..., 4:16], first.position, atol=1e-6)
+    assert torch.allclose(second.position[..., :4], first.position[..., :1].expand(-1, -1, -1, 4), atol=1e-6)
+    y, x = np.mgrid[:12, :12] + .5                      # bilinear between neighbours: slopes stay what they are
+    first.position[0, 0], first.position[0, 1] = torch.tensor(y / 12), torch.tensor(x / 12)
+    checkpoint.carry_over(first.state_dict(), third)
+    y, x = np.mgrid[:9, :18] + .5
+    inside = lambda at: np.clip(at, .5 / 12, 11.5 / 12)                         # beyond its edge the edge goes on
+    assert np.allclose(third.position[0, 0], inside(y / 9), atol=1e-6) and np.allclose(third.position[0, 1], inside((x - 4.5) / 9), atol=1e-6)
+
+
+@torch.no_grad()
+def test_of_other_classes_the_null_class_is_kept_and_a_new_way_up_starts_unheard():
+    first, second = carried(dict(res=32), dict(res=32, classes=4, portrait=True))
+    z, logsnr = torch.randn(2, 3, 32, 32), torch.tensor([-3., 4.])
+    for upright in (0, 1):
+        assert torch.equal(second(z, logsnr, torch.tensor([[4, upright]] * 2)), first(z, logsnr))
+    assert not torch.allclose(second(z, logsnr, torch.tensor([0, 0])), first(z, logsnr, torch.tensor([0, 0])))
+    again = small_uvit(32, residual=True, portrait=True, classes=4)
+    checkpoint.carry_over(second.state_dict() | {"embedding.portrait.weight": torch.ones(2, 32)}, again)
+    assert again.embedding.portrait.weight.min() == 1
+    assert torch.equal(again.embedding.label.weight, second.embedding.label.weight)
+    _, read = carried(dict(res=32), dict(res=32, classes=0, text=text.ByteEncoder(8, 16)))      # cross-attention comes on top
+    assert torch.equal(read.transformer[0][1].qkv.weight, carried(dict(res=32), dict(res=32))[0].transformer[0][1].qkv.weight)
+
+
+@pytest.mark.parametrize("options, name", [
+    (dict(depth=3), "transformer.2.0"), (dict(depth=1), "transformer.1.0"), (dict(residual=False), "up.0.0.norm_skip"), (dict(emb=64), "film.weight"),
+    (dict(blocks=(1, 1, 1)), "down.2.1"), (dict(blocks=(2, 1, 2)), "down.0.1"), (dict(widths=(16, 16, 48, 64)), "down.2.0"), (dict(res=64), "down.1.0"),
+    (dict(widths=(16, 16, 32, 96)), "pool.2.1"), (dict(patch="conv"), "project_in")])
+def test_weights_of_another_network_are_refused(options, name):
+    first, second = (small_uvit(**(dict(residual=True, res=144) | changed)) for changed in ({}, options))
+    with pytest.raises(ValueError, match="another network: .*" + re.escape(name)):
+        checkpoint.carry_over(first.state_dict(), second)
 
 
 # ---------------------------------------------------------------------------- text.py, unet.py, any shape
@@ -2522,9 +2601,32 @@ def test_every_network_trains_resumes_and_draws(tmp_path, little, flags, monkeyp
     assert ("--skips" in flags) == (not any("norm_skip" in name for name in whole["model"]))
 
 
+def test_init_starts_from_the_weights_of_another_run_and_is_read_once(tmp_path, little, monkeypatch, capsys):
+    few = ["--skips", "level", "--blocks-16", "1"]
+    first = run_train(tmp_path / "first", "--steps", "2", "--res", "24", *few)
+    known = sampling.load_model(tmp_path / "first/model.pt", "cpu")[0]
+    (tmp_path / "first/model.pt").rename(tmp_path / "start.pt")
+    flags = [*few, "--res", "24x32", "--portrait", "--init", str(tmp_path / "start.pt")]
+    still = run_train(tmp_path / "still", "--steps", "1", "--lr", "1e-30", *flags)
+    torch.manual_seed(0)
+    model = sampling.network(still["config"], 10)
+    checkpoint.carry_over(known.state_dict(), model)
+    for part in "model", "ema":                 # the EMA, too, begins there
+        assert all(torch.allclose(still[part][name], weights, rtol=0, atol=1e-20) for name, weights in model.state_dict().items())
+    whole = run_train(tmp_path / "whole", "--steps", "2", *flags)
+    run_train(tmp_path / "run", "--steps", "1", *flags)
+    (tmp_path / "start.pt").unlink()
+    assert_same_bits(whole["model"], run_train(tmp_path / "run", "--steps", "2", *flags)["model"])
+    assert "--init " in one_line(capsys, train.main, [*SMALL, "--out", tmp_path / "new", *flags]) and not (tmp_path / "new").exists()
+    other = [*SMALL, "--out", tmp_path / "new", "--init", tmp_path / "first" / "ckpt-00000002.pt", "--res", "64"]
+    assert "--init weights of another network" in one_line(capsys, train.main, other) and not (tmp_path / "new").exists()
+    checkpoint.release(tmp_path / "still/model.pt", tmp_path / "small.pt")
+    assert checkpoint.read(tmp_path / "small.pt")["config"]["init"] == "" and first["config"]["init"] == ""
+
+
 def test_a_checkpoint_of_before_there_were_captions_still_loads(tmp_path, trained_run):
     saved = checkpoint.read(trained_run / "model.pt")
-    new = "net blocks_16 skips text text_length portrait".split()
+    new = "net blocks_16 skips text text_length portrait init".split()
     saved["config"] = {name: value for name, value in saved["config"].items() if name not in new}
     torch.save(saved, tmp_path / "old.pt")
     model, again = sampling.load_model(tmp_path / "old.pt", "cpu")
@@ -2534,7 +2636,7 @@ def test_a_checkpoint_of_before_there_were_captions_still_loads(tmp_path, traine
 def test_a_release_is_half_as_large_holds_the_same_weights_and_names_no_folder(tmp_path, trained_run):
     checkpoint.release(trained_run / "model.pt", tmp_path / "small.pt")
     (model, whole), (small, saved) = (sampling.load_model(path, "cpu") for path in (trained_run / "model.pt", tmp_path / "small.pt"))
-    assert saved["config"] == whole["config"] | dict(data="", out="") and whole["config"]["out"] and saved["classes"] == whole["classes"]
+    assert saved["config"] == whole["config"] | dict(data="", out="", init="") and whole["config"]["out"] and saved["classes"] == whole["classes"]
     assert (tmp_path / "small.pt").stat().st_size < .55 * (trained_run / "model.pt").stat().st_size
     for name, weights in model.state_dict().items():
         torch.testing.assert_close(small.state_dict()[name], weights, rtol=2**-8, atol=0)

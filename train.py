@@ -38,7 +38,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from checkpoint import FORMAT, append, lock, read, trim, write
+from checkpoint import FORMAT, append, carry_over, lock, read, trim, write
 from data import Flowers, Pictures, printable
 from loss import diffusion_loss
 from sample import (DROPOUT, TRAINING, Parser, Steady, fail, grid, network, number, pick_device,
@@ -66,6 +66,7 @@ class Config:
     patch: str = "dwt"          # dwt, conv or none: how a large picture becomes a 128 x 128 map
     dropout: float = -1         # at the bottom of the network; -1: the model's own
     dropout_res: int = 16       # also in convolutions on maps of at most this side
+    init: str = ""              # model.pt to start from, of any size; empty: random weights
     # Schedule and loss (schedule.py, loss.py)
     schedule: str = "shifted"   # cosine, shifted or interpolated
     noise_d: int = 32           # size at which the picture would have the cosine schedule's noise
@@ -327,6 +328,11 @@ def train(config, rank, world, device, meet, at_exit):
             dataset = Pictures(config.data, config.res, config.seed, config.flip, **told)
         torch.manual_seed(config.seed)
         model = network(vars(config), len(dataset.classes))
+        if config.init and not any(Path(config.out).glob(CHECKPOINTS)):     # else it is under way
+            try:
+                carry_over(read(config.init)["ema"], model)
+            except ValueError as error:
+                fail(f"--init {error}")
     except ValueError as error:
         fail(str(error))
     pictures, broken = len(dataset.names), {}       # broken: {name: why}, of all ranks

@@ -223,6 +223,7 @@ class UViT(nn.Module):
         extra = max(0, halvings + 1 - len(widths))
         widths = ((widths[0],) * extra + tuple(widths))[-halvings - 1:]
         blocks = ((blocks[0],) * extra + tuple(blocks))[-halvings:] if halvings else ()
+        widths = (max(widths[0], 3 * 4**levels), *widths[1:])   # room for the noise of all bands
         maps = [side(res) / 2 ** (levels + i) for i in range(halvings)]
         drops = [dropout if size <= dropout_res else 0.0 for size in maps]
 
@@ -234,8 +235,7 @@ class UViT(nn.Module):
                         for skip in (False, not residual))
             self.down.append(nn.ModuleList(down))
             self.pool.append(nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(w, below, 1)))
-            unpool = nn.Sequential(nn.Conv2d(below, w, 1), Upsample())
-            self.unpool.insert(0, unpool)
+            self.unpool.insert(0, nn.Sequential(nn.Conv2d(below, w, 1), Upsample()))
             self.up.insert(0, nn.ModuleList(up))
         w = widths[-1]
         grid = w, height // step, width // step
