@@ -95,48 +95,56 @@ def release(path, out):
     write(out, lambda file: torch.save(saved, file))
 
 
-# What classes, the way up and captions add to a network.
+# What classes, the way up and captions add to a network; the part of it by which they are heard.
 CONDITIONS = re.compile(r"embedding\.(label|portrait|text)\.|text\.|transformer\.\d+\.2\.")
+HEARD_BY = "embedding.label.", "embedding.portrait.", "embedding.text.1."
 
 
 @torch.no_grad()
-def carry_over(weights, model):
-    """Weights of such a network, of any size, classes or captions -> into `model`, where they fit.
+def carry_over(first, model, same_classes):
+    """A trained network -> its weights into `model`, for another size, other classes or captions.
 
-    Not in the paper. weights: a state_dict. With more levels of wavelet the coarse bands, which are
-    the first channels, go the way they went, and the new ones start as in a new network. A position
-    keeps its distance from the middle, in shorter sides of the map. Of other classes only the null
-    class is kept. A way up that was not told before starts unheard.
-    Raises ValueError if it is another network.
+    Not in the paper. The coarse bands of the wavelet, which are the first channels, go the way they
+    went, and nothing of that hears the bands that are new. A position keeps its distance from the
+    middle, in shorter sides of the map. Conditions that are new, other classes too, start unheard;
+    for those that are gone stands what the network heard when nothing was said.
+    Raises ValueError if it is another network, or a wider one.
     """
-    own = model.state_dict()                    # shares its memory with the parameters
+    weights, own = first.state_dict(), model.state_dict()       # own shares the model's memory
+    kept = dict(label=same_classes, portrait=True)
+    for table, nothing_said in dict(label=-1, portrait=0).items():
+        name = f"embedding.{table}.weight"
+        if name in weights and not (name in own and kept[table]):
+            bias = weights["embedding.linear_out.bias"]
+            weights["embedding.linear_out.bias"] = bias + weights.pop(name)[nothing_said]
     last = len(model.up) - 1
     top = re.compile(rf"project_|norm_out\.|(down|pool)\.0\.|(up|unpool)\.{last}\.")
+    room = len(model.norm_out.weight) >= len(first.norm_out.weight)
     for name in sorted(own.keys() | weights.keys()):
-        new, old = (part.get(name, torch.empty(())) for part in (own, weights))
-        alike = new.dim() == old.dim() and new.shape[2:] == old.shape[2:]
-        if CONDITIONS.match(name) and name in own.keys() ^ weights.keys():
-            if name == "embedding.portrait.weight":
+        new, old = own.get(name), weights.get(name)
+        if (new is None or old is None) and CONDITIONS.match(name):
+            if name.startswith(HEARD_BY) and old is None:
                 new.zero_()
-        elif new.shape == old.shape:
+            continue
+        shapes = [list(part.shape) if part is not None else "none" for part in (old, new)]
+        if shapes[0] == shapes[1]:
             new.copy_(old)
-        elif name == "embedding.label.weight" and new.shape[1] == old.shape[1]:
-            new[-1] = old[-1]
-        elif name == "position" and new.shape[:2] == old.shape[:2]:
+        elif name == "position" and shapes[0][1] == shapes[1][1]:
             (H, W), (h, w) = new.shape[2:], old.shape[2:]
             y, x = ((torch.arange(n) + .5 - n / 2) * 2 / m * min(h, w) / min(H, W)
                     for n, m in ((H, h), (W, w)))       # the old map spans [-1, 1]
             at = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)[None]     # (1, H, W, 2)
-            new.copy_(F.grid_sample(old.float(), at, padding_mode="border", align_corners=False))
-        elif top.match(name) and alike:
+            new.copy_(F.grid_sample(old, at, padding_mode="border", align_corners=False))
+        elif room and "none" not in shapes and top.match(name) and shapes[0][2:] == shapes[1][2:]:
             if ".film." in name:                # scales, then shifts
                 new, old = (part.unflatten(0, (2, -1)).transpose(0, 1) for part in (new, old))
             corner = tuple(slice(min(sizes)) for sizes in zip(new.shape, old.shape))
             new[corner[0]] = 0                  # what was there does not hear what is new
             new[corner] = old[corner]
         else:
-            raise ValueError(f"weights of another network: {name} is {list(old.shape)} there, "
-                             f"{list(new.shape)} here")
+            raise ValueError(f"another network, {name} is {shapes[0]} there, {shapes[1]} here: it "
+                             "takes the same --model, --net, --patch, --skips, --blocks-16, and a "
+                             "--res with as many halvings between the network's top and bottom")
 
 
 def lock(path, patience=60):

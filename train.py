@@ -41,8 +41,8 @@ from tqdm import tqdm
 from checkpoint import FORMAT, append, carry_over, lock, read, trim, write
 from data import Flowers, Pictures, printable
 from loss import diffusion_loss
-from sample import (DROPOUT, TRAINING, Parser, Steady, fail, grid, network, number, pick_device,
-                    picture_noise, sample, seed_of, to_uint8, whole)
+from sample import (DROPOUT, TRAINING, Parser, Steady, fail, grid, load_model, network, number,
+                    pick_device, picture_noise, sample, seed_of, to_uint8, whole)
 from schedule import SCHEDULES, logsnr_schedule, side, sides
 from text import tokenizer, unconditional
 from uvit import PRESETS, residual_blocks, unet_levels, wavelet_levels
@@ -66,7 +66,7 @@ class Config:
     patch: str = "dwt"          # dwt, conv or none: how a large picture becomes a 128 x 128 map
     dropout: float = -1         # at the bottom of the network; -1: the model's own
     dropout_res: int = 16       # also in convolutions on maps of at most this side
-    init: str = ""              # model.pt to start from, of any size; empty: random weights
+    init: str = ""              # model.pt to start from, of another size, too; empty: random
     # Schedule and loss (schedule.py, loss.py)
     schedule: str = "shifted"   # cosine, shifted or interpolated
     noise_d: int = 32           # size at which the picture would have the cosine schedule's noise
@@ -330,7 +330,8 @@ def train(config, rank, world, device, meet, at_exit):
         model = network(vars(config), len(dataset.classes))
         if config.init and not any(Path(config.out).glob(CHECKPOINTS)):     # else it is under way
             try:
-                carry_over(read(config.init)["ema"], model)
+                first, saved = load_model(config.init, "cpu")
+                carry_over(first, model, saved["classes"] == dataset.classes)
             except ValueError as error:
                 fail(f"--init {error}")
     except ValueError as error:
@@ -475,8 +476,8 @@ def train(config, rank, world, device, meet, at_exit):
               f"Everything goes to {out}/; its grid.png shows samples "
               f"{f'every {config.sample_every} steps' if config.sample_every else 'never'}. "
               "Stop at any time: the same command resumes.", flush=True)
-        if (config.data, config.model, config.res, config.text, config.net, config.loss) == \
-                ("", "tiny", 64, "", "uvit", "eps"):
+        if (config.data, config.init, config.model, config.res, config.text, config.net,
+                config.loss) == ("", "", "tiny", 64, "", "uvit", "eps"):
             print(EXPECT, flush=True)
 
     # -- loader: picture numbers of this rank, step by step, from where the run stands

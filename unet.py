@@ -43,7 +43,7 @@ class UNet(nn.Module):
         levels = wavelet_levels(res) if len(blocks) == 5 and patch != "none" else 0
         depth = 2 + max(0, math.ceil(math.log2(side(res) / 2**levels / 16)))
         widths = [channels * m for m in (multiples[:1] * depth + multiples)[-depth:]]
-        widths[0] = max(widths[0], 3 * 4**levels)               # as in the U-ViT
+        widths[0] = max(widths[0], min(128, 3 * 4**levels))     # as in the U-ViT
         blocks = (blocks[:1] * depth + blocks)[-depth:-2] + (blocks_16, blocks[-1])
         step = 2 ** (levels + depth - 1)
         assert all(s % step == 0 for s in sides(res)), f"{step} must divide the sides of {res}"

@@ -18,8 +18,9 @@ from schedule import side, sides
 from wavelet import dwt, idwt
 
 # Widths and ResBlocks are those of the levels 128, 64, 32 and the transformer's 16 x 16; a smaller
-# picture starts further down the row. `head` is the width of one head, `start` what positions are
-# before they are learned (README, "Our choices").
+# picture starts further down the row. The top level is as wide as there are bands, up to the
+# paper's 128: noise of bands that it has no room for would stay in the picture. `head` is the width
+# of one head, `start` what positions are before they are learned (README, "Our choices").
 PRESETS = {
     name: dict(widths=widths, blocks=blocks, depth=depth, head=head, emb=emb, dropout=dropout,
                start=start)
@@ -223,7 +224,7 @@ class UViT(nn.Module):
         extra = max(0, halvings + 1 - len(widths))
         widths = ((widths[0],) * extra + tuple(widths))[-halvings - 1:]
         blocks = ((blocks[0],) * extra + tuple(blocks))[-halvings:] if halvings else ()
-        widths = (max(widths[0], 3 * 4**levels), *widths[1:])   # room for the noise of all bands
+        widths = (max(widths[0], min(128, 3 * 4**levels)), *widths[1:])     # room for all bands
         maps = [side(res) / 2 ** (levels + i) for i in range(halvings)]
         drops = [dropout if size <= dropout_res else 0.0 for size in maps]
 
