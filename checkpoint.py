@@ -108,7 +108,7 @@ def carry_over(first, model, same_classes):
     went, and nothing of that hears the bands that are new. A position keeps its distance from the
     middle, in shorter sides of the map. Conditions that are new, other classes too, start unheard;
     for those that are gone stands what the network heard when nothing was said.
-    Raises ValueError if it is another network, or a wider one.
+    Raises ValueError if it is another network, or its top level a wider one.
     """
     weights, own = first.state_dict(), model.state_dict()       # own shares the model's memory
     kept = dict(label=same_classes, portrait=True)
@@ -143,8 +143,9 @@ def carry_over(first, model, same_classes):
             new[corner] = old[corner]
         else:
             raise ValueError(f"another network, {name} is {shapes[0]} there, {shapes[1]} here: it "
-                             "takes the same --model, --net, --patch, --skips, --blocks-16, and a "
-                             "--res with as many halvings between the network's top and bottom")
+                             "takes the same --model, --net, --patch, --skips, --blocks-16, --text "
+                             "and --text-length, and a --res with as many halvings between the "
+                             "network's top and bottom, the top no narrower")
 
 
 def lock(path, patience=60):
