@@ -2,7 +2,8 @@
 
 `write` fills a new file beside its place, flushes it to the disk and renames it. Whoever is killed,
 whenever: a reader finds the old file or the new one, never half of one. `read` believes a file only
-after its checksums, and never runs what it holds.
+after its checksums, and never runs what it holds. `carry_over` starts a network from another one's
+weights.
 """
 import json
 import os
