@@ -41,23 +41,27 @@ def multiscale_mse(eps_hat, eps):
         error = F.avg_pool2d(error, 2)      # an average of averages is D of the next scale
 
 
-def sigmoid_weight(t, logsnr, d):
+def sigmoid_weight(t, logsnr, d, b=None):
     """Weight of SiD2 (not in the first paper): -1/2 dlogsnr/dt sigmoid(b - logsnr), b by size.
 
-    t: (B,); logsnr: a schedule; d: side of the pictures -> w: (B, 1, 1, 1), for the error of eps.
+    t: (B,); logsnr: a schedule; d: side of the pictures; b: logsnr below which eps counts in full,
+    above it x does; a lower one teaches more of noisy pictures -> w: (B, 1, 1, 1), for the error
+    of eps.
     """
-    b = np.interp(np.log2(d), (7, 8, 9, 10), (0, -1, -3, -4)).item()
+    if b is None:
+        b = np.interp(np.log2(d), (7, 8, 9, 10), (0, -1, -3, -4)).item()
     logsnr_t, slope = torch.func.jvp(logsnr, (t,), (torch.ones_like(t),))
     return (-slope / 2 * torch.sigmoid(b - logsnr_t))[:, None, None, None]
 
 
-def diffusion_loss(model, x, t, eps, logsnr, label=None, kind="eps", multiscale=False):
+def diffusion_loss(model, x, t, eps, logsnr, label=None, kind="eps", multiscale=False,
+                   b=None):
     """One denoising step, scored (Section 2): what the trainer minimises.
 
     model: (z, logsnr, label) -> v_hat;  x, eps: (B, C, H, W), x in [-1, 1], eps unit noise;
     t: (B,) in [0, 1];  logsnr: a schedule, t -> (B,);  kind: "eps" (the paper's text), "v" (its
-    settings list) or "sid2" (eps with the weight of the paper's successor);  multiscale: the sum
-    over scales in place of the plain mean -> scalar.
+    settings list) or "sid2" (eps with the weight of the paper's successor, b its bias);
+    multiscale: the sum over scales in place of the plain mean -> scalar.
     """
     assert kind in ("eps", "v", "sid2"), f"kind must be 'eps', 'v' or 'sid2', not {kind!r}"
     logsnr_t = logsnr(t)
@@ -68,6 +72,6 @@ def diffusion_loss(model, x, t, eps, logsnr, label=None, kind="eps", multiscale=
     if kind == "v":
         target, output = v_from_x_eps(x, eps, alpha, sigma), v_hat
     if kind == "sid2":
-        root = sigmoid_weight(t, logsnr, (x.shape[-2] * x.shape[-1]) ** .5).sqrt()
+        root = sigmoid_weight(t, logsnr, (x.shape[-2] * x.shape[-1]) ** .5, b).sqrt()
         target, output = root * target, root * output
     return multiscale_mse(output, target) if multiscale else F.mse_loss(output, target)

@@ -324,16 +324,18 @@ def test_sid2_weight_is_minus_half_the_slope_of_logsnr_times_sigmoid_of_b_minus_
     with torch.no_grad():                   # as in the reports
         weight = losses.sigmoid_weight(t, logsnr, d)
     assert weight.shape == (5, 1, 1, 1) and torch.allclose(weight.flatten(), by_hand, rtol=1e-6)
+    lower = losses.sigmoid_weight(t, logsnr, d, b - 3.5).flatten()
+    assert torch.allclose(lower, -slope / 2 / (1 + torch.exp(logsnr(t) - b + 3.5)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("multiscale", [False, True])
-@pytest.mark.parametrize("size, b", [((64, 64), 0), ((128, 512), -1)])
-def test_sid2_loss_weighs_the_error_of_eps_which_is_its_weight_of_the_error_of_x(multiscale, size, b):
+@pytest.mark.parametrize("size, given, b", [((64, 64), None, 0), ((128, 512), None, -1), ((64, 64), -4.0, -4), ((64, 64), 0.0, 0)])
+def test_sid2_loss_weighs_the_error_of_eps_which_is_its_weight_of_the_error_of_x(multiscale, size, given, b):
     torch.manual_seed(0)
     x, eps, v_hat = (torch.randn(3, 3, *size, dtype=torch.float64) for _ in range(3))
     t, d = torch.tensor([.1, .4, .8], dtype=torch.float64), math.prod(size) ** .5
     logsnr = schedule.logsnr_schedule("shifted", "{}x{}".format(*size))
-    ours = losses.diffusion_loss(lambda *args: v_hat, x, t, eps, logsnr, kind="sid2", multiscale=multiscale)
+    ours = losses.diffusion_loss(lambda *args: v_hat, x, t, eps, logsnr, kind="sid2", multiscale=multiscale, b=given)
     by_hand, h = [], 1e-6
     for i in range(3):
         l = logsnr(t[i])
@@ -2614,6 +2616,19 @@ def test_every_network_trains_resumes_and_draws(tmp_path, little, flags, monkeyp
         assert len({name.split(".")[1] for name in whole["model"] if name.startswith("transformer.")} | {""}) == 1 + ("--text" in flags)
     assert kinds == {"sid2" if "sid2" in flags else "eps"}
     assert ("--skips" in flags) == (not any("norm_skip" in name for name in whole["model"]))
+
+
+def test_bias_reaches_the_loss_and_is_of_sid2_alone(tmp_path, little, monkeypatch, capsys):
+    honest, seen = train.diffusion_loss, []
+    monkeypatch.setattr(train, "diffusion_loss", lambda *args: seen.append(args[6:]) or honest(*args))
+    for flags in ([], ["--bias", "-4"], ["--bias", "0"]):
+        run_train(tmp_path / "_".join(["run", *flags]), "--steps", "1", "--loss", "sid2", *flags)
+    assert seen == [("sid2", False, None), ("sid2", False, -4.0), ("sid2", False, 0.0)]
+    again = [*SMALL, "--out", tmp_path / "run_--bias_-4", "--steps", "2", "--loss", "sid2"]
+    assert "was started with --bias -4.0, now ''" in one_line(capsys, train.main, again)
+    train.main([str(part) for part in [*again, "--bias=-4.00"]])        # the same number
+    assert one_line(capsys, train.main, ["--bias", "-4"]).startswith("--bias -4: is of --loss sid2, not eps")
+    assert one_line(capsys, train.main, ["--loss", "sid2", "--bias", "low"]).startswith("--bias low: must be a finite number")
 
 
 def test_init_starts_from_the_weights_of_another_run_and_is_read_once(tmp_path, little, capsys):

@@ -69,7 +69,7 @@ def weigh_as_elbo():
     """-1/2 dlogsnr/dt: the weight that makes the error of eps the variational bound, over its mean
     (15, half of the range of logsnr): else it is clipped for its size alone.
     """
-    def weight(t, logsnr, d):
+    def weight(t, logsnr, d, b):
         _, slope = torch.func.jvp(logsnr, (t,), (torch.ones_like(t),))
         return (-slope / 2 / 15)[:, None, None, None]
     loss.sigmoid_weight = weight
