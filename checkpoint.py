@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 FORMAT = 2                  # of checkpoints and of model.pt; a file of a later one is refused
 BEFORE = dict(net="uvit", blocks_16=0, skips="block", text="", text_length=128,
-              portrait=False, init="", bias="")      # what older ones do not say
+              portrait=False, init="", bias=None)    # what older ones do not say
 KEYS = dict(format=int, config=dict, classes=list, step=int, ema=dict)
 
 

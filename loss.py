@@ -42,11 +42,11 @@ def multiscale_mse(eps_hat, eps):
 
 
 def sigmoid_weight(t, logsnr, d, b=None):
-    """Weight of SiD2 (not in the first paper): -1/2 dlogsnr/dt sigmoid(b - logsnr), b by size.
+    """Weight of SiD2 (not in the first paper): -1/2 dlogsnr/dt sigmoid(b - logsnr).
 
-    t: (B,); logsnr: a schedule; d: side of the pictures; b: logsnr below which eps counts in full,
-    above it x does; a lower one teaches more of noisy pictures -> w: (B, 1, 1, 1), for the error
-    of eps.
+    t: (B,); logsnr: a schedule; d: side of the pictures, by which b goes if it is None. Well below
+    logsnr = b the error of eps counts alike everywhere, well above it that of x, by exp(b)
+    -> w: (B, 1, 1, 1), for the error of eps.
     """
     if b is None:
         b = np.interp(np.log2(d), (7, 8, 9, 10), (0, -1, -3, -4)).item()
@@ -54,8 +54,7 @@ def sigmoid_weight(t, logsnr, d, b=None):
     return (-slope / 2 * torch.sigmoid(b - logsnr_t))[:, None, None, None]
 
 
-def diffusion_loss(model, x, t, eps, logsnr, label=None, kind="eps", multiscale=False,
-                   b=None):
+def diffusion_loss(model, x, t, eps, logsnr, label=None, kind="eps", multiscale=False, b=None):
     """One denoising step, scored (Section 2): what the trainer minimises.
 
     model: (z, logsnr, label) -> v_hat;  x, eps: (B, C, H, W), x in [-1, 1], eps unit noise;

@@ -329,7 +329,7 @@ def test_sid2_weight_is_minus_half_the_slope_of_logsnr_times_sigmoid_of_b_minus_
 
 
 @pytest.mark.parametrize("multiscale", [False, True])
-@pytest.mark.parametrize("size, given, b", [((64, 64), None, 0), ((128, 512), None, -1), ((64, 64), -4.0, -4), ((64, 64), 0.0, 0)])
+@pytest.mark.parametrize("size, given, b", [((64, 64), None, 0), ((128, 512), None, -1), ((64, 64), -4.0, -4), ((128, 512), 0.0, 0)])
 def test_sid2_loss_weighs_the_error_of_eps_which_is_its_weight_of_the_error_of_x(multiscale, size, given, b):
     torch.manual_seed(0)
     x, eps, v_hat = (torch.randn(3, 3, *size, dtype=torch.float64) for _ in range(3))
@@ -1283,6 +1283,18 @@ def test_petals_are_counted_though_one_is_missing():
     side = torch.linspace(-1, 1, 56)
     gone = torch.where(torch.atan2(side[:, None], side).abs() < math.pi / 9, x[:, :, :1, :1], x)
     assert (score.find(gone)[1] == petals).float().mean() > .95
+
+
+def test_other_numbers_than_real_flowers_have_are_read_as_such(monkeypatch):
+    """Two lobes are not three petals, and thirteen or fourteen are not twelve."""
+    sys.path.insert(0, str(HERE / "benchmarks"))
+    import score
+    monkeypatch.setattr(data, "NUMBERS", [*data.NUMBERS, "thirteen", "fourteen", "two"])        # for the captions
+    petals = torch.tensor(20 * [2, 13, 14])
+    x = np.stack([data.draw_flower(np.random.default_rng((6, i)), int(k), 64)[0] for i, k in enumerate(petals)])
+    found = score.score(torch.from_numpy(x).permute(0, 3, 1, 2))
+    assert (found["petals"] == petals).float().mean() >= .95
+    assert found["asymmetry"].median() < .5 and ((found["axes"] - 1).abs() < .05)[petals > 2].float().mean() > .9
 
 
 def test_score_asks_for_200_new_flowers_and_says_how_often_pictures_are_what_prompts_say(tmp_path, capsys):
@@ -2625,9 +2637,10 @@ def test_bias_reaches_the_loss_and_is_of_sid2_alone(tmp_path, little, monkeypatc
         run_train(tmp_path / "_".join(["run", *flags]), "--steps", "1", "--loss", "sid2", *flags)
     assert seen == [("sid2", False, None), ("sid2", False, -4.0), ("sid2", False, 0.0)]
     again = [*SMALL, "--out", tmp_path / "run_--bias_-4", "--steps", "2", "--loss", "sid2"]
-    assert "was started with --bias -4.0, now ''" in one_line(capsys, train.main, again)
+    assert "was started with --bias -4.0, now None" in one_line(capsys, train.main, again)
     train.main([str(part) for part in [*again, "--bias=-4.00"]])        # the same number
-    assert one_line(capsys, train.main, ["--bias", "-4"]).startswith("--bias -4: is of --loss sid2, not eps")
+    assert one_line(capsys, train.main, ["--bias", "-4"]) == "--bias -4.0: must be from -20 to 20, with --loss sid2\n"
+    assert one_line(capsys, train.main, ["--loss", "sid2", "--bias", "-21"]).startswith("--bias -21.0: must be from")
     assert one_line(capsys, train.main, ["--loss", "sid2", "--bias", "low"]).startswith("--bias low: must be a finite number")
 
 
@@ -2658,9 +2671,17 @@ def test_init_starts_from_the_weights_of_another_run_and_is_read_once(tmp_path, 
     assert [checkpoint.read(tmp_path / name)["config"]["init"] for name in ("small.pt", "still/model.pt")] == ["", str(tmp_path / "start.pt")]
 
 
+def test_each_mutant_is_of_code_that_still_stands():
+    """benchmarks/mutants.py stops at the first that it cannot find."""
+    sys.path.insert(0, str(HERE / "benchmarks"))
+    import mutants
+    lost = [(file, old) for rows in mutants.LISTS.values() for file, old, *_ in rows if (HERE / file).read_text("utf-8").count(old) != 1]
+    assert not lost and sum(map(len, mutants.LISTS.values())) > 300
+
+
 def test_a_checkpoint_of_before_there_were_captions_still_loads(tmp_path, trained_run):
     saved = checkpoint.read(trained_run / "model.pt")
-    new = "net blocks_16 skips text text_length portrait init".split()
+    new = "net blocks_16 skips text text_length portrait init bias".split()
     saved["config"] = {name: value for name, value in saved["config"].items() if name not in new}
     torch.save(saved, tmp_path / "old.pt")
     model, again = sampling.load_model(tmp_path / "old.pt", "cpu")

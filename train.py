@@ -71,7 +71,7 @@ class Config:
     schedule: str = "shifted"   # cosine, shifted or interpolated
     noise_d: int = 32           # size at which the picture would have the cosine schedule's noise
     loss: str = "eps"           # eps (the paper's text), v (its settings list) or sid2 (later)
-    bias: str = ""              # b of sid2, lower: more of noisy pictures; empty (res): SiD2's own
+    bias: float = None          # b of sid2, lower: noisy pictures count for more; none (res): its own
     multiscale: str = ""        # on or off; empty (res): on at 512 and above
     drop_label: float = 0.1     # share of the pictures that train the null class or empty caption
     # Optimiser
@@ -177,13 +177,8 @@ def parse_config(argv=None):
         fail(f"--portrait --res {config.res}: the size must lie, height x width, like 384x640")
     if config.net == "unet" and (config.text or config.skips == "level"):
         fail(f"--net unet: has no {'--text' if config.text else '--skips level'}; --net uvit has")
-    if config.bias:
-        if config.loss != "sid2":
-            fail(f"--bias {config.bias}: is of --loss sid2, not {config.loss}")
-        try:
-            config.bias = str(number(config.bias))
-        except argparse.ArgumentTypeError as error:
-            fail(f"--bias {error}")
+    if config.bias is not None and (config.loss != "sid2" or abs(config.bias) > 20):
+        fail(f"--bias {config.bias}: must be from -20 to 20, with --loss sid2")
     if config.text and config.text != "bytes" and not config.text.startswith("t5:"):
         fail(f"--text {config.text}: must be bytes, or t5:NAME")
     row = config.net if config.model == "paper" and config.net == "unet" else config.model
@@ -588,7 +583,7 @@ def train(config, rank, world, device, meet, at_exit):
         before = signal.signal(told, lambda signum, frame: asked.append(signum))
         at_exit.callback(signal.signal, told, before)
     model.train()
-    multiscale, b = config.multiscale == "on", float(config.bias) if config.bias else None
+    multiscale = config.multiscale == "on"
     bar = tqdm(total=config.steps, initial=start, disable=not master, unit="step")
     total = torch.zeros(2, device=device)   # sum and number of the losses since the last log line
     in_a_row, most_in_a_row = (torch.zeros((), device=device) for _ in range(2))
@@ -619,7 +614,7 @@ def train(config, rank, world, device, meet, at_exit):
             with net.no_sync() if wait else nullcontext():
                 with autocast:
                     loss = diffusion_loss(net, x, t, eps, logsnr, label, config.loss, multiscale,
-                                          b)
+                                          config.bias)
                 (loss / config.accum).backward()
             loss = loss.detach()
             total += torch.stack([loss.nan_to_num(0, 0, 0), loss.isfinite().float()])

@@ -69,7 +69,7 @@ def weigh_as_elbo():
     """-1/2 dlogsnr/dt: the weight that makes the error of eps the variational bound, over its mean
     (15, half of the range of logsnr): else it is clipped for its size alone.
     """
-    def weight(t, logsnr, d, b):
+    def weight(t, logsnr, d, b=None):
         _, slope = torch.func.jvp(logsnr, (t,), (torch.ones_like(t),))
         return (-slope / 2 / 15)[:, None, None, None]
     loss.sigmoid_weight = weight
@@ -175,7 +175,7 @@ def cell(finding, res, name, seed, args):
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
     flags, change = FINDINGS[finding][2][name]
     out = folder(finding, res, name, seed, args)
-    settings = dict(samples=args.samples, sample_steps=args.sample_steps, score=2)
+    settings = dict(samples=args.samples, sample_steps=args.sample_steps, score=3)
     try:
         if json.loads((out / "scores.json").read_text())["settings"] == settings:
             return out

@@ -5,6 +5,7 @@
     python benchmarks/mutants.py survival     what a run survives, and what is refused
     python benchmarks/mutants.py words        captions, shapes, the U-Net, SiD2
     python benchmarks/mutants.py findings     scores, ablations, the paper's arguments, the film
+    python benchmarks/mutants.py words sid2   of these those that a test of sid2 is to notice
 
 Each row is one wrong sign, factor, argument or index, and the first test that it turns red. A row that
 ends in SURVIVED is a formula no test guards; the exit code counts them.
@@ -97,7 +98,7 @@ MUTANTS = [     # file, what stands there (once), what is put in its place
     ("sample.py", "torch.linspace(1, 0, steps + 1", "torch.linspace(1, 0, steps + 2"),
     ("sample.py", "torch.linspace(1, 0, steps + 1", "torch.linspace(0, 1, steps + 1"),
     ("sample.py", "logsnr_t, logsnr_s = clock[i:i + 2]", "logsnr_s, logsnr_t = clock[i:i + 2]"),
-    ("sample.py", ".clamp(-1, 1)\n        if i", "\n        if i"),
+    ("sample.py", ".clamp(-1, 1)\n        watch", "\n        watch"),
     ("sample.py", "if i == steps - 1:", "if i == steps - 2:"),
     ("sample.py", 'if sampler == "ddim"', 'if sampler != "ddim"'),
     ("sample.py", "logsnr_s, gamma, noise())", "logsnr_s, gamma, z)"),
@@ -123,7 +124,7 @@ MUTANTS = [     # file, what stands there (once), what is put in its place
 ]
 
 TRAINER_MUTANTS = [     # and the tests that may notice, since these take longer
-    ("train.py", "diffusion_loss(net, x, t, eps, logsnr, label, config.loss, multiscale)", "diffusion_loss(model, x, t, eps, logsnr, label, config.loss, multiscale)", "ranks"),
+    ("train.py", "diffusion_loss(net, x, t, eps, logsnr, label,", "diffusion_loss(model, x, t, eps, logsnr, label,", "ranks"),
     ("train.py", "yield range(first, first + micro)", "yield range(step * config.batch, step * config.batch + micro)", "accumulation"),
     ("train.py", "draw_noise(config.seed, first, micro, config.res, device)", "draw_noise(config.seed, step, micro, config.res, device)", "ranks or accumulation"),
     ("train.py", "(loss / config.accum).backward()", "loss.backward()", "accumulation"),
@@ -180,7 +181,7 @@ SURVIVAL_MUTANTS = [
     ("train.py", "    if not kept:\n", "    if False:\n", "full_disk"),
     ("train.py", "for part in out.glob(pattern + \".part\"):", "for part in []:", "leaves_no"),
     ("train.py", "at_exit.callback(log.close)", "pass", "leaves_no"),
-    ("train.py", "not os.path.isdir(Path(config.out).absolute().parent)", "False", "wrong_input"),
+    ("train.py", "not os.path.isdir(folder)", "False", "wrong_input"),
     ("data.py", "tile.get(322, 0) * tile.get(323, 0)) > MAX_PIXELS:", "0) > 1 << 40:", "unfit"),
     ("data.py", "Image.open(io.BytesIO(raw), formats=FORMATS)", "Image.open(io.BytesIO(raw))", "unfit"),
     ("data.py", "{printable(str(error))}\"[:200]", "{error}\"[:200]", "unfit"),
@@ -205,8 +206,8 @@ SURVIVAL_MUTANTS = [
     ("data.py", "side = max(height, width) * 3 // 2", "side = max(height, width) // 2", "no_larger_than_needed"),
     ("data.py", "side = max(height, width) * 3 // 2", "side = max(height, width) * 2", "no_larger_than_needed"),
     ("sample.py", "        model.compile(mode=\"reduce-overhead\")\n", "        pass\n", "compiled_samples"),
-    ("sample.py", "if not all(drawn(i) for i in indices):", "if True:", "half_way"),
-    ("sample.py", "if not all(drawn(i) for i in indices):", "if not any(drawn(i) for i in indices):", "half_way"),
+    ("sample.py", "if unseen or not all(drawn(i) for i in indices):", "if True:", "half_way"),
+    ("sample.py", "if unseen or not all(drawn(i) for i in indices):", "if not any(drawn(i) for i in indices):", "half_way"),
     ("sample.py", "                    old.unlink(missing_ok=True)\n", "                    pass\n", "starts_over"),
     ("sample.py", "if strangers or text and differ and args.out:", "if strangers:", "half_way"),
     ("sample.py", "strangers = not text and list(", "strangers = False and list(", "wrong_call"),
@@ -244,8 +245,9 @@ WORDS_MUTANTS = [
     ("loss.py", "(x.shape[-2] * x.shape[-1]) ** .5, b).sqrt()", "(x.shape[-2] * x.shape[-1]) ** .5, b)", "sid2"),
     ("loss.py", "** .5, b).sqrt()", "** .5).sqrt()", "sid2"),
     ("loss.py", "    if b is None:\n", "    if not b:\n", "sid2"),
-    ("train.py", "float(config.bias) if config.bias else None", "None", "bias"),
-    ("train.py", "config.bias = str(number(config.bias))", "number(config.bias)", "bias"),
+    ("train.py", "                                          config.bias)", "                                          None)", "bias"),
+    ("train.py", "(config.loss != \"sid2\" or abs(config.bias) > 20)", "config.loss != \"sid2\"", "bias"),
+    ("checkpoint.py", "init=\"\", bias=None)", "init=\"\")", "before_there"),
     ("sample.py", "inside = interval[0] <= clock[i] <= interval[1]", "inside = interval[0] <= clock[i + 1] <= interval[1]", "interval"),
     ("sample.py", "guidance if inside else 1)", "guidance)", "interval"),
     ("sample.py", "args.guidance, args.guidance_interval,", "args.guidance,", "prompts"),
@@ -315,7 +317,7 @@ WORDS_MUTANTS = [
     ("checkpoint.py", "elif room and ", "elif ", "twice_the_size"),
     ("checkpoint.py", " and top.match(name) and", " and", "another_network"),
     ("train.py", "saved[\"classes\"] == dataset.classes)\n            except", "True)\n            except", "init_starts"),
-    ("checkpoint.py", "portrait=False, init=\"\")", "portrait=False)", "before_there"),
+    ("checkpoint.py", "portrait=False, init=\"\", bias", "portrait=False, bias", "before_there"),
     ("checkpoint.py", "dict(data=\"\", out=\"\", init=\"\")", "dict(data=\"\", out=\"\")", "init_starts"),
     ("train.py", "if config.init and not any(Path(config.out).glob(CHECKPOINTS))", "if config.init", "init_starts"),
     ("train.py", "if config.init and not any", "if False and not any", "init_starts"),
@@ -324,7 +326,9 @@ WORDS_MUTANTS = [
 ]
 
 FINDINGS_MUTANTS = [
-    ("benchmarks/score.py", "spectrum[..., NUMBER[0] - 1:NUMBER[-1]].sum(1)", "shares(spectrum / RADII[:, None])", "one_is_missing"),
+    ("benchmarks/score.py", "strength = spectrum[:, SEEN[0] - 1:SEEN[-1]].clone()", "strength = shares(power(rings(x, centre, one))[:, 0])", "one_is_missing"),
+    ("benchmarks/score.py", "    strength[:, 0] -= (spectrum[:, 0] + spectrum[:, 2]) / 2\n", "", "one_is_missing"),
+    ("benchmarks/score.py", "range(2, 15) ", "range(3, 13) ", "other_numbers"),
     ("benchmarks/score.py", "[(None, k) for k in NUMBER] if", "[(None, k + 1) for k in NUMBER] if", "score_asks"),
     ("sample.py", "watch(i, z, x_hat)\n", "watch(i, x_hat, z)\n", "film"),
     ("sample.py", "(args.steps - 1) / 8", "(args.steps - 1) / 9", "film"),
@@ -394,7 +398,9 @@ def main(mutants):
     return survived
 
 
+LISTS = dict(formulas=[(*mutant, TESTS) for mutant in MUTANTS], trainer=TRAINER_MUTANTS,
+             survival=SURVIVAL_MUTANTS, words=WORDS_MUTANTS, findings=FINDINGS_MUTANTS)
+
 if __name__ == "__main__":
-    lists = dict(formulas=[(*mutant, TESTS) for mutant in MUTANTS], trainer=TRAINER_MUTANTS, survival=SURVIVAL_MUTANTS,
-                 words=WORDS_MUTANTS, findings=FINDINGS_MUTANTS)
-    sys.exit(main(lists[(sys.argv[1:] or ["formulas"])[0]]))
+    name, only = (sys.argv[1:] + ["formulas", ""][len(sys.argv) - 1:])[:2]
+    sys.exit(main([mutant for mutant in LISTS[name] if only in mutant[-1]]))

@@ -8,8 +8,8 @@
 A flower is looked at in rings round its centre. All petals are one petal, so the spectrum of a ring
 has power only at multiples of their number k: the centre is where that is most so for some k.
 
-    petals      k, 3 to 12, with the most power at k periods a turn. Two lobes cannot be read, and
-                shapes without petals lean to a small k
+    petals      k, 2 to 14, with the most power at k periods a turn; real flowers have 3 to 12.
+                Shapes without petals lean to a small k
     colour      of the outer part of the petals, by name (data.py: PETALS)
     axes        height over width at which the flower is most symmetric; 1 is round
     asymmetry   turned by 2 pi / k, how much changes, over what varies round the centre: 0, all
@@ -38,7 +38,7 @@ from sample import Parser, Steady, fail
 RADII = torch.linspace(.08, .98, 46)        # of the rings; the shorter side of the picture is 2
 TURNS = 128                                 # samples of a ring
 HARMONICS = 40
-NUMBER = range(3, 13)
+NUMBER, SEEN = range(3, 13), range(2, 15)       # of petals: of real flowers; read in a picture
 
 
 def rings(x, centre, axes):
@@ -60,9 +60,9 @@ def power(seen):
 
 
 def shares(spectrum):
-    """(..., rings, HARMONICS) -> (..., 10): share of the power at multiples of each number."""
+    """(..., rings, HARMONICS) -> (..., 13): share of the power at multiples of each of SEEN."""
     total = (spectrum * RADII[:, None]).sum(-2)
-    mine = torch.stack([total[..., k - 1::k].sum(-1) for k in NUMBER], -1)
+    mine = torch.stack([total[..., k - 1::k].sum(-1) for k in SEEN], -1)
     return mine / total.sum(-1, keepdim=True)
 
 
@@ -75,20 +75,23 @@ def find(x):
         moves = torch.cartesian_prod(moves, moves)
         tried = centre + moves
         share = shares(power(rings(x, tried, one.expand(B, len(moves)))))
-        gain = (share - 1 / torch.tensor(NUMBER)).amax(-1)      # noise has 1/k at multiples of k
+        gain = (share - 1 / torch.tensor(SEEN)).amax(-1)      # noise has 1/k at multiples of k
         centre = tried[torch.arange(B), gain.argmax(1)][:, None]
     # The strongest number of periods a turn. (By its share a 9 whose petals are not quite alike
-    # would be a 3: all multiples of 9 are multiples of 3.)
-    spectrum = power(rings(x, centre, one))[:, 0] * RADII[:, None]
-    return centre, spectrum[..., NUMBER[0] - 1:NUMBER[-1]].sum(1).argmax(1) + NUMBER[0]
+    # would be a 3: all multiples of 9 are multiples of 3.) Where a petal is missing there is power
+    # at 2, too, but as much at 1 and 3: for two lobes only what is above those counts.
+    spectrum = (power(rings(x, centre, one))[:, 0] * RADII[:, None]).sum(1)
+    strength = spectrum[:, SEEN[0] - 1:SEEN[-1]].clone()
+    strength[:, 0] -= (spectrum[:, 0] + spectrum[:, 2]) / 2
+    return centre, strength.argmax(1) + SEEN[0]
 
 
 def edge(spectrum, petals):
     """Spectrum (B, rings, HARMONICS), petals (B,) -> radius of the flower (B,): the last ring that
     still has a tenth of the most power at multiples of the number.
     """
-    mine = torch.stack([spectrum[..., k - 1::k].sum(-1) for k in NUMBER], -1)
-    mine = mine[torch.arange(len(petals)), :, petals - 3]
+    mine = torch.stack([spectrum[..., k - 1::k].sum(-1) for k in SEEN], -1)
+    mine = mine[torch.arange(len(petals)), :, petals - SEEN[0]]
     inside = mine > .1 * mine.amax(1, keepdim=True)
     return RADII[(inside * torch.arange(1, len(RADII) + 1)).argmax(1)]
 
@@ -126,7 +129,7 @@ def axes(x, centre, petals):
     """Height over width (B,) at which the flower is most symmetric, to a hundredth or so."""
     tried = torch.linspace(-.3, .3, 25).exp()
     share = shares(power(rings(x, centre.expand(-1, 25, -1), tried.expand(len(x), -1))))
-    share = share[torch.arange(len(x)), :, petals - 3]                      # (B, 25)
+    share = share[torch.arange(len(x)), :, petals - SEEN[0]]                # (B, 25)
     best = share.argmax(1).clamp(1, 23)
     low, mid, high = (share[torch.arange(len(x)), best + i] for i in (-1, 0, 1))
     bend = (.5 * (low - high) / (low - 2 * mid + high)).nan_to_num(0).clamp(-.5, .5)
