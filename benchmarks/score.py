@@ -79,10 +79,10 @@ def find(x):
         centre = tried[torch.arange(B), gain.argmax(1)][:, None]
     # The strongest number of periods a turn. (By its share a 9 whose petals are not quite alike
     # would be a 3: all multiples of 9 are multiples of 3.) Where a petal is missing there is power
-    # at 2, too, but as much at 1 and 3: for two lobes only what is above those counts.
+    # at 2, too, but also at 1 and 3: for two lobes only what is above the lesser of those counts.
     spectrum = (power(rings(x, centre, one))[:, 0] * RADII[:, None]).sum(1)
     strength = spectrum[:, SEEN[0] - 1:SEEN[-1]].clone()
-    strength[:, 0] -= (spectrum[:, 0] + spectrum[:, 2]) / 2
+    strength[:, 0] -= torch.minimum(spectrum[:, 0], spectrum[:, 2])
     return centre, strength.argmax(1) + SEEN[0]
 
 
