@@ -9,7 +9,7 @@ A flower is looked at in rings round its centre. All petals are one petal, so th
 has power only at multiples of their number k: the centre is where that is most so for some k.
 
     petals      k, 2 to 14, with the most power at k periods a turn; real flowers have 3 to 12.
-                Shapes without petals lean to a small k
+                Shapes without petals lean to a small k; one that is missing is not noticed
     colour      of the outer part of the petals, by name (data.py: PETALS)
     axes        height over width at which the flower is most symmetric; 1 is round
     asymmetry   turned by 2 pi / k, how much changes, over what varies round the centre: 0, all
