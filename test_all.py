@@ -1294,7 +1294,6 @@ def test_other_numbers_than_real_flowers_have_are_read_as_such(monkeypatch):
     x = np.stack([data.draw_flower(np.random.default_rng((6, i)), int(k), 64)[0] for i, k in enumerate(petals)])
     found = score.score(torch.from_numpy(x).permute(0, 3, 1, 2))
     assert (found["petals"] == petals).float().mean() >= .95 and found["asymmetry"].median() < .5
-    assert ((found["axes"] - 1).abs() < .05)[petals > 2].float().mean() > .9
 
 
 def test_score_asks_for_200_new_flowers_and_says_how_often_pictures_are_what_prompts_say(tmp_path, capsys):

@@ -328,6 +328,7 @@ WORDS_MUTANTS = [
 FINDINGS_MUTANTS = [
     ("benchmarks/score.py", "strength = spectrum[:, SEEN[0] - 1:SEEN[-1]].clone()", "strength = shares(power(rings(x, centre, one))[:, 0])", "one_is_missing"),
     ("benchmarks/score.py", "    strength[:, 0] -= torch.minimum(spectrum[:, 0], spectrum[:, 2])\n", "", "one_is_missing"),
+    ("benchmarks/score.py", "axes(x, centre, number)", "axes(x, centre, petals)", "sees_what_is_wrong"),
     ("benchmarks/score.py", "range(2, 15) ", "range(3, 13) ", "other_numbers"),
     ("benchmarks/score.py", "[(None, k) for k in NUMBER] if", "[(None, k + 1) for k in NUMBER] if", "score_asks"),
     ("sample.py", "watch(i, z, x_hat)\n", "watch(i, x_hat, z)\n", "film"),

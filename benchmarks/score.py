@@ -67,7 +67,9 @@ def shares(spectrum):
 
 
 def find(x):
-    """Pictures (B, 3, H, W) in [0, 1] -> centre (B, 1, 2), petals (B,)."""
+    """Pictures (B, 3, H, W) in [0, 1] -> centre (B, 1, 2), petals (B,), and petals (B,) if
+    they are to be as many as real flowers have.
+    """
     B = len(x)
     centre, one = torch.zeros(B, 1, 2), torch.ones(B, 1)
     for step, reach in ((.05, 4), (.025, 2), (.0125, 1), (.006, 1)):
@@ -83,7 +85,8 @@ def find(x):
     spectrum = (power(rings(x, centre, one))[:, 0] * RADII[:, None]).sum(1)
     strength = spectrum[:, SEEN[0] - 1:SEEN[-1]].clone()
     strength[:, 0] -= torch.minimum(spectrum[:, 0], spectrum[:, 2])
-    return centre, strength.argmax(1) + SEEN[0]
+    flower = strength[:, NUMBER[0] - SEEN[0]:NUMBER[-1] + 1 - SEEN[0]]
+    return centre, strength.argmax(1) + SEEN[0], flower.argmax(1) + NUMBER[0]
 
 
 def edge(spectrum, petals):
@@ -197,12 +200,12 @@ def score(pictures):
     """(N, 3, H, W) in [0, 1] -> dict of petals (N,), colour [N], axes (N,), asymmetry (N,)."""
     found = dict(petals=[], colour=[], axes=[], asymmetry=[])
     for x in pictures.split(16):
-        centre, petals = find(x)
+        centre, petals, number = find(x)
         seen = rings(x, centre, torch.ones(len(x), 1))[:, 0]
         radius = edge(power(seen), petals)
         found["petals"].append(petals)
         found["colour"] += colours(seen, radius)
-        found["axes"].append(axes(x, centre, petals))
+        found["axes"].append(axes(x, centre, number))     # squeezed, a 6 looks like 2
         found["asymmetry"].append(asymmetry(seen, petals, radius))
     return {name: part if name == "colour" else torch.cat(part) for name, part in found.items()}
 
