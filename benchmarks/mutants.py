@@ -403,5 +403,5 @@ LISTS = dict(formulas=[(*mutant, TESTS) for mutant in MUTANTS], trainer=TRAINER_
              survival=SURVIVAL_MUTANTS, words=WORDS_MUTANTS, findings=FINDINGS_MUTANTS)
 
 if __name__ == "__main__":
-    name, only = (sys.argv[1:] + ["formulas", ""][len(sys.argv) - 1:])[:2]
+    name, only = sys.argv[1:] + ["formulas", ""][len(sys.argv) - 1:]
     sys.exit(main([mutant for mutant in LISTS[name] if only in mutant[-1]]))

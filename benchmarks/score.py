@@ -77,7 +77,7 @@ def find(x):
         moves = torch.cartesian_prod(moves, moves)
         tried = centre + moves
         share = shares(power(rings(x, tried, one.expand(B, len(moves)))))
-        gain = (share - 1 / torch.tensor(SEEN)).amax(-1)      # noise has 1/k at multiples of k
+        gain = (share - 1 / torch.tensor(SEEN)).amax(-1)        # noise has 1/k at multiples of k
         centre = tried[torch.arange(B), gain.argmax(1)][:, None]
     # The strongest number of periods a turn. (By its share a 9 whose petals are not quite alike
     # would be a 3: all multiples of 9 are multiples of 3.) Where a petal is missing there is power
