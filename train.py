@@ -71,7 +71,7 @@ class Config:
     schedule: str = "shifted"   # cosine, shifted or interpolated
     noise_d: int = 32           # size at which the picture would have the cosine schedule's noise
     loss: str = "eps"           # eps (the paper's text), v (its settings list) or sid2 (later)
-    bias: float = None          # b of sid2; lower: noisy pictures count for more; none (res): SiD2's
+    bias: float = None          # b of sid2; lower: noisy pictures count more; none (res): SiD2's
     multiscale: str = ""        # on or off; empty (res): on at 512 and above
     drop_label: float = 0.1     # share of the pictures that train the null class or empty caption
     # Optimiser
