@@ -1521,6 +1521,13 @@ def test_ablations_error_is_that_of_a_known_network():
     seen = []
     assert np.allclose(ablations.validate(perfect, 72, 16), 0, atol=1e-5) and np.allclose(seen, ablations.LEVELS, atol=1e-5)
 
+    def far(z, logsnr, label):                      # x_hat = 7: clipped to 1, as in sampling
+        alpha, sigma = schedule.alpha_sigma(logsnr)
+        return (alpha * z - 7) / sigma
+    assert np.allclose(ablations.validate(far, 72, 16)[1], (1 - x).square().mean().sqrt(), atol=1e-4)
+    mine = [(picture / 2, torch.tensor([0, 0]), {}) for picture in x]
+    assert np.allclose(ablations.validate(zero, 72, 16, pictures=mine)[1], x.square().mean().sqrt() / 2, atol=1e-5)
+
 
 def test_ablations_score_structure_without_what_averaging_takes_away():
     ablations = ablations_module()
@@ -1538,7 +1545,7 @@ def test_ablations_score_structure_without_what_averaging_takes_away():
 
 def test_ablations_changes_are_what_their_names_say(tmp_path, monkeypatch):
     ablations = ablations_module()
-    for module, name in ((sampling, "UViT"), (losses, "sigmoid_weight"), (uvit, "wavelet_levels"), (train, "wavelet_levels")):
+    for module, name in ((sampling, "UViT"), (train, "logsnr_schedule"), (uvit, "wavelet_levels"), (train, "wavelet_levels")):
         monkeypatch.setattr(module, name, getattr(module, name))                # put back afterwards
     ablations.predict_eps()
     config = vars(train.parse_config(["--res", "64"]))
@@ -1550,12 +1557,10 @@ def test_ablations_changes_are_what_their_names_say(tmp_path, monkeypatch):
     z, logsnr, label = torch.randn(2, 3, 64, 64), torch.tensor([-6., 4.]), torch.tensor([1, 2])
     eps = losses.eps_from_v(z, model(z, logsnr, label), *schedule.alpha_sigma(logsnr))
     assert torch.allclose(eps, plain(z, logsnr, label), atol=1e-4) and not torch.allclose(eps, model(z, logsnr, label), atol=.1)
-    ablations.weigh_as_elbo()
-    t, clock = torch.tensor([.2, .7], dtype=torch.double), schedule.logsnr_schedule("shifted", 64)
-    slope = (clock(t + 1e-5) - clock(t - 1e-5)) / 2e-5
-    assert torch.allclose(losses.sigmoid_weight(t, clock, 64).flatten(), -slope / 30, rtol=1e-6)
-    t = torch.linspace(0, 1, 20_001, dtype=torch.double)
-    assert abs(losses.sigmoid_weight(t, clock, 64).mean() - 1) < .03
+    ablations.train_on_elbo()
+    clock = train.logsnr_schedule("shifted", 64, 32)
+    assert torch.allclose(clock(torch.tensor([0., .25, 1.])), torch.tensor([15., 7.5, -15.]) - 2 * math.log(2), atol=1e-5)
+    assert torch.allclose(ablations.logsnr_schedule("shifted", 64, 32)(torch.tensor([.5])), torch.tensor([-2 * math.log(2)]), atol=1e-5)     # samples: as before
     ablations.levels(2)()
     monkeypatch.setattr(uvit, "PRESETS", {name: dict(preset) for name, preset in uvit.PRESETS.items()})
     monkeypatch.setattr(sampling, "PRESETS", uvit.PRESETS)
@@ -1566,6 +1571,7 @@ def test_ablations_changes_are_what_their_names_say(tmp_path, monkeypatch):
     folder = ablations.few_pictures(tmp_path / "few", 24)
     few = data.Pictures(folder, 24)
     assert len(few.names) == 256 and few.classes == [f"{k:02d} petals" for k in range(3, 13)]
+    assert not list(Path(folder).rglob("*.part"))
 
 
 def test_film_shows_noise_become_the_first_picture(tmp_path, trained_run):

@@ -9,12 +9,13 @@ beside it, named like the table. Sizes default to multiples of 9, whose transfor
 step of `tiny` at 72 and 144 takes a CPU 0.47 and 0.33 of one at 64 and 128.
 
 Structure is what is left after averaging to 32 x 32 or the next size above that halves evenly. It
-is scored apart: after 1,500 steps at 144 samples of `tiny` still are covered with grain. Levels are
-at least as wide as there are bands of the wavelet (48 at 288, 192 at 576), of which a network 16
-wide could pass on 16.
+is scored apart: after 1,500 steps at 144 samples of `tiny` still are covered with grain. All levels
+are at least as wide as the wavelet has channels (48 at 288, 192 at 576), not only the top one.
 
-    structure, full     rms error of x_hat for flowers not trained on, at five noise levels, after
-                        averaging (where its logsnr is -4, -2, 0, 2, 4), and before
+    structure, full     rms error of x_hat (clipped, as the sampler does) for flowers not trained
+                        on, at five noise levels, after averaging (where its logsnr is -4, -2, 0,
+                        2, 4), and before
+    seen                structure for flowers of the 256 that were trained on (dropout)
     petals, asymmetry, distance     benchmarks/score.py, of samples by class without guidance,
                         averaged
     detail              the same, of samples as they are
@@ -32,6 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import loss
@@ -40,15 +42,18 @@ import score
 import train
 import uvit
 from checkpoint import write
-from data import Flowers, draw_flower
+from data import Flowers, Pictures, draw_flower
 from schedule import alpha_sigma, logsnr_schedule
 
 HERE, LANCZOS = Path(__file__).parent, Image.Resampling.LANCZOS
 LEVELS = -4., -2., 0., 2., 4.               # logsnr of the averaged picture
-METRICS = dict(structure="{:.4f}", full="{:.4f}", asymmetry="{:.3f}", petals="{:.1%}",
-               distance="{:.3f}", detail="{:.2f}", speed="{:.1f}")
-UNITS = dict(structure="structure, rms", full="full, rms", petals="petals right",
-             speed="pictures/s")
+METRICS = dict(structure="{:.4f}", full="{:.4f}", seen="{:.4f}", asymmetry="{:.3f}",
+               petals="{:.1%}", distance="{:.3f}", detail="{:.2f}", flops="{:.2f}",
+               speed="{:.1f}")
+ONLY = dict(seen=("dropout",), flops=("patch", "blocks"), speed=("patch", "blocks"))
+UNITS = dict(structure="structure, rms", full="full, rms", seen="seen, rms", petals="petals right",
+             flops="GFLOPs a picture, forward", speed="pictures/s, training")
+COMPARED = "structure", "full", "asymmetry", "distance", "detail"
 
 
 # ---------------------------------------------------------------------------- beyond the flags
@@ -65,14 +70,15 @@ def predict_eps():
     sample.UViT = EpsUViT
 
 
-def weigh_as_elbo():
-    """-1/2 dlogsnr/dt: the weight that makes the error of eps the variational bound, over its mean
-    (15, half of the range of logsnr): else it is clipped for its size alone.
+def train_on_elbo():
+    """Train with logsnr, not t, uniform between the schedule's ends: the plain error of eps then is
+    the variational bound, whose weight -1/2 dlogsnr/dt is the same everywhere. Samples are drawn
+    with the schedule itself.
     """
-    def weight(t, logsnr, d, b=None):
-        _, slope = torch.func.jvp(logsnr, (t,), (torch.ones_like(t),))
-        return (-slope / 2 / 15)[:, None, None, None]
-    loss.sigmoid_weight = weight
+    def linear(name, res, noise_d):
+        clean, noisy = logsnr_schedule(name, res, noise_d)(torch.tensor([0., 1.])).tolist()
+        return lambda t: clean + t * (noisy - clean)
+    train.logsnr_schedule = linear
 
 
 class NoBar(train.tqdm):
@@ -102,7 +108,8 @@ def few_pictures(folder, res):
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             picture, _ = draw_flower(np.random.default_rng((11, i)), 3 + i % 10, res)
-            Image.fromarray((picture * 255).round().astype(np.uint8)).save(file)
+            image = Image.fromarray((picture * 255).round().astype(np.uint8))
+            write(file, lambda out: image.save(out, "png"))
     return folder
 
 
@@ -112,25 +119,24 @@ FINDINGS = dict(
     schedule=("Shifted beats cosine at 128 and above, more at 256 (Section 3.1)", (72, 144, 288), {
         "cosine": ("--schedule cosine", None), "shifted, 64": ("--noise-d 64", None),
         "shifted, 32": ("--noise-d 32", None), "interpolated": ("--schedule interpolated", None)}),
-    multiscale=("At 512 and above the multiscale loss helps (Section 3.2)", (288,), {
+    multiscale=("The multiscale loss helps at 512; at 256 it does not (Section 3.2)", (288,), {
         "off": ("--multiscale off", None), "on": ("--multiscale on", None)}),
-    dropout=("Dropout at the bottom helps, everywhere less (Section 3.4); here on 256 pictures",
-             (72,), {
-        "none": ("--dropout 0", None), "everywhere": ("--dropout 0.2 --dropout-res 4096", None),
-        "bottom": ("--dropout 0.2", None)}),
+    dropout=("Dropout helps, most from 64 down and nearly as much from 16 down (Section 3.4); here "
+             "on 256 pictures", (72,), {
+        "none": ("--dropout 0", None), "everywhere": ("--dropout 0.2 --dropout-res 72", None),
+        "from 36": ("--dropout 0.2 --dropout-res 36", None), "transformer": ("--dropout 0.2", None)}),
     blocks=("More blocks at 16 x 16 are better (Section 3.3)", (72,), {
         f"{n}": (f"--blocks-16 {n}", None) for n in (1, 2, 4, 8)}),
-    patch=("The wavelet is as good as none and faster, a convolution a little worse (Section 3.3); "
-           "here blocks above are dropped, where the paper moves them down, and levels are 48 wide "
-           "in place of 16 for the 48 bands or strides of two levels",
+    patch=("The wavelet is better than no patching and faster, a convolution not as good (Section "
+           "3.3); the blocks that a smaller top level saves move into the transformer",
            (144,), {
                "none": ("--patch none", None),
-               "DWT-1": ("", levels(1)), "DWT-2": ("", levels(2)),
-               "conv 2 x 2": ("--patch conv", levels(1)),
-               "conv 4 x 4": ("--patch conv", levels(2))}),
-    prediction=("v is predicted, eps weighs 1 (Section 2)", (72,), {
-        "v, weight 1": ("", None), "eps, weight 1": ("", predict_eps),
-        "v, weight of ELBO": ("--loss sid2", weigh_as_elbo)}))
+               "DWT-1": ("--blocks-16 6", levels(1)), "DWT-2": ("--blocks-16 8", levels(2)),
+               "conv 2 x 2": ("--patch conv --blocks-16 6", levels(1)),
+               "conv 4 x 4": ("--patch conv --blocks-16 8", levels(2))}),
+    prediction=("v is predicted, and the error of eps weighs 1 (Section 2, without figures)", (72,), {
+        "v, loss of eps": ("", None), "v, loss of v": ("--loss v", None),
+        "v, ELBO": ("", train_on_elbo), "eps, loss of eps": ("", predict_eps)}))
 
 
 # ---------------------------------------------------------------------------- one row, one seed
@@ -144,10 +150,10 @@ def structure(x):
     return F.avg_pool2d(x, 2 ** halvings(x.shape[-1]))
 
 
-def validate(model, res, count=64, device="cpu"):
-    """-> rms error of x_hat (2, levels): averaged, and as it is."""
-    fresh = Flowers(res, seed=1_000_003)
-    x, label = (torch.stack(part) for part in zip(*[fresh[n][:2] for n in range(count)]))
+def validate(model, res, count=64, device="cpu", pictures=None):
+    """-> rms error of x_hat (2, levels): averaged, and as it is. pictures: or new flowers."""
+    pictures = pictures or Flowers(res, seed=1_000_003)
+    x, label = (torch.stack(part) for part in zip(*[pictures[n][:2] for n in range(count)]))
     eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     errors = []
     with torch.no_grad():
@@ -157,7 +163,7 @@ def validate(model, res, count=64, device="cpu"):
             z = alpha * x + sigma * eps
             v = torch.cat([model(*[given.to(device) for given in part]).cpu() for part in
                            zip(z.split(16), logsnr.split(16), label.split(16))])
-            error = loss.x_from_v(z, v, alpha, sigma) - x
+            error = loss.x_from_v(z, v, alpha, sigma).clamp(-1, 1) - x
             errors.append([structure(error).square().mean().sqrt().item(),
                            error.square().mean().sqrt().item()])
     return torch.tensor(errors).T.tolist()
@@ -175,7 +181,8 @@ def cell(finding, res, name, seed, args):
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
     flags, change = FINDINGS[finding][2][name]
     out = folder(finding, res, name, seed, args)
-    settings = dict(samples=args.samples, sample_steps=args.sample_steps, score=3)
+    settings = dict(samples=args.samples, sample_steps=args.sample_steps, score=4, flags=flags,
+                    change=change and change.__qualname__)
     try:
         if json.loads((out / "scores.json").read_text())["settings"] == settings:
             return out
@@ -186,10 +193,11 @@ def cell(finding, res, name, seed, args):
     widen(3 * 4**uvit.wavelet_levels(res))
     train.tqdm = NoBar
     out.parent.mkdir(parents=True, exist_ok=True)
-    data = ["--data", str(args.out / f"few-{res}")] * (finding == "dropout")
+    few = args.out / f"few-{res}" if finding == "dropout" else None
+    data = ["--data", str(few), "--no-flip"] if few else []
     train.main([*flags.split(), *data, "--res", str(res), "--model", args.model, "--batch",
-                str(args.batch), "--lr", str(args.lr), "--warmup", "100", "--steps",
-                str(args.steps), "--seed", str(seed), "--out", str(out), "--sample-every", "0"])
+                str(args.batch), "--lr", str(args.lr), "--steps", str(args.steps), "--seed",
+                str(seed), "--out", str(out), "--sample-every", "0"])
     device, bf16 = sample.pick_device()
     model, saved = sample.load_model(out / "model.pt", device)
     if saved["step"] < args.steps:          # told to stop: saved, but not done
@@ -204,18 +212,23 @@ def cell(finding, res, name, seed, args):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             drawn.append(sample.sample(
                 model, logsnr, noise, args.sample_steps, label,
-                watch=lambda step, z, x_hat: shots.setdefault(step, sample.to_uint8(x_hat[:1])[0])))
+                watch=lambda step, z, x_hat: start or shots.update({step: x_hat[:1]})))
     x = (torch.cat(drawn).cpu() + 1) / 2
     pictures = sample.to_uint8(x * 2 - 1)
     sample.grid(list(pictures[:40]), 10).save(out / "samples.png")
-    decided = [shots[round((1 - t) * args.sample_steps)] for t in (.8, .5, .2)]
+    decided = [sample.to_uint8(shots[round((1 - t) * args.sample_steps)])[0] for t in (.8, .5, .2)]
     np.save(out / "decided.npy", np.stack([*decided, pictures[0]]))
     found = scored(x, res)
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     errors = validate(model, config["res"], device=device)
+    seen = validate(model, config["res"], device=device, pictures=Pictures(
+        few, res, flip=False)) if few else errors
+    with FlopCounterMode(display=False) as counter:
+        model(drawn[0][:1], torch.zeros(1, device=device), label[:1])
     right = found["petals"] == torch.arange(len(x)) % 10 + 3
     scores = dict(settings=settings, errors=errors,
-                  structure=np.mean(errors[0]), full=np.mean(errors[1]),
+                  structure=np.mean(errors[0]), full=np.mean(errors[1]), seen=np.mean(seen[0]),
+                  flops=counter.get_total_flops() / 1e9,
                   asymmetry=found["asymmetry"].median().item(), petals=right.float().mean().item(),
                   distance=found["distance"], detail=found["detail"],
                   speed=float(np.median([line["images_per_second"] for line in lines
@@ -240,12 +253,13 @@ def title(finding, sizes, rows, args):
 
 def table(finding, sizes, rows, args):
     says = FINDINGS[finding][0]
-    metrics = [m for m in METRICS if m != "speed" or finding in ("patch", "blocks")]
+    metrics = [m for m in METRICS if finding in ONLY.get(m, FINDINGS)]
     heads = " | ".join(UNITS.get(m, m) for m in metrics)
     lines = [f"*{says}.* `{args.model}`, {args.steps} steps of {args.batch}, learning rate "
-             f"{args.lr:g}, seeds 0 to {args.seeds - 1}: mean ± deviation. {args.samples} samples "
-             f"each, {args.sample_steps} ancestral steps, no guidance; scored, but for detail, "
-             "after averaging to below 64.", "",
+             f"{args.lr:g}, seeds 0 to {args.seeds - 1}: mean ± standard deviation of the seeds. "
+             f"{args.samples} samples each, {args.sample_steps} ancestral steps, no guidance; "
+             "scored, but for detail, after averaging to below 64. An asymmetry of 1.41 (root of "
+             "2) is that of noise.", "",
              f"| size | row | {heads} |", "|-" * (2 + len(metrics)) + "|"]
     scores = {(res, name): [json.loads((folder(finding, res, name, seed, args)
                                         / "scores.json").read_text()) for seed in range(args.seeds)]
@@ -266,13 +280,14 @@ def table(finding, sizes, rows, args):
     first = next(iter(FINDINGS[finding][2]))
     others = [name for name in rows if name != first] * (first in rows)
     if others:
-        lines += ["", f"Less than {first} by, mean ± deviation over the seeds (same pictures, "
-                  "same noise):", "",
-                  "| size | row | structure | asymmetry | distance |", "|-|-|-|-|-|"]
+        lines += ["", f"Less than {first} by, mean ± standard deviation of the gaps of each seed "
+                  "(same pictures, same noise). With three seeds a gap is told from none (5%, t "
+                  "test) from 2.5 deviations on:", "",
+                  f"| size | row | {' | '.join(COMPARED)} |", "|-" * (2 + len(COMPARED)) + "|"]
     for res in sizes:
         for name in others:
             said = []
-            for m in ("structure", "asymmetry", "distance"):
+            for m in COMPARED:
                 gaps = [a[m] - b[m] for a, b in zip(scores[res, first], scores[res, name])]
                 said.append(f"{np.mean(gaps):+.4f}"
                             + (f" ± {np.std(gaps, ddof=1):.4f}" if len(gaps) > 1 else ""))
@@ -358,6 +373,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.sample_steps < 6 or args.samples < 10:
         sample.fail("--sample-steps must be at least 6, --samples at least 10")
+    # Half of `tiny`'s own rate: --batch is half of its own.
     args.lr = 1e-3 if args.model == "tiny" else train.DEFAULTS[args.model]["lr"]
     # Rows at a time, the cores shared: one where speed is measured, or where there is one GPU.
     args.jobs = 1 if args.finding in ("patch", "blocks") or torch.cuda.is_available() else 2
