@@ -105,10 +105,10 @@ HEARD_BY = "embedding.label.", "embedding.portrait.", "embedding.text.1."
 def carry_over(first, model, same_classes):
     """A trained network -> its weights into `model`, for another size, other classes or captions.
 
-    Not in the paper. The coarse bands of the wavelet, which are the first channels, go the way they
-    went, and nothing of that hears the bands that are new. A position keeps its distance from the
-    middle, in shorter sides of the map. Conditions that are new, other classes too, start unheard;
-    for those that are gone stands what the network heard when nothing was said.
+    Not in the paper. The coarse bands of the wavelet, which are the first channels, keep their
+    weights; those of finer bands that are new start at zero. A position keeps its distance from
+    the middle, in shorter sides of the map. Conditions that are new, other classes too, start with
+    zero weights; of those that are gone the null row is added to the clock's bias.
     Raises ValueError if it is another network, or its top level a wider one.
     """
     weights, own = first.state_dict(), model.state_dict()       # own shares the model's memory

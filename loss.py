@@ -42,11 +42,11 @@ def multiscale_mse(eps_hat, eps):
 
 
 def sigmoid_weight(t, logsnr, d, b=None):
-    """Weight of SiD2 (not in the first paper): -1/2 dlogsnr/dt sigmoid(b - logsnr).
+    """Weight of the successor (SiD2, arXiv 2410.19324): -1/2 dlogsnr/dt sigmoid(b - logsnr).
 
-    t: (B,); logsnr: a schedule; d: side of the pictures, by which b goes if it is None. Well below
-    logsnr = b the error of eps counts alike everywhere, well above it that of x, by exp(b)
-    -> w: (B, 1, 1, 1), for the error of eps.
+    t: (B,); logsnr: a schedule; d: side of the pictures, by which b goes if it is None
+    -> w: (B, 1, 1, 1), for the error of eps. Over logsnr (-1/2 dlogsnr/dt is the change of
+    variable) it is ||eps - eps_hat||^2 where logsnr << b, exp(b) ||x - x_hat||^2 where it is >> b.
     """
     if b is None:
         b = np.interp(np.log2(d), (7, 8, 9, 10), (0, -1, -3, -4)).item()

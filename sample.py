@@ -35,7 +35,7 @@ def ancestral_step(z, x_hat, logsnr_t, logsnr_s, gamma, noise):
     """Ancestral step t -> s (Appendix A): z_t, x_hat, noise: (B, C, H, W); logsnr: (B,) -> z_s.
 
     mu = alpha_s (z_t (1 - c) / alpha_t + c x_hat), c = 1 - SNR_t / SNR_s; the log variance lies
-    between its two bounds, c sigma_t^2 (gamma = 1) and c sigma_s^2 (gamma = 0).
+    between its two bounds, c sigma_t^2 (gamma = 1) and that of the posterior, c sigma_s^2 (0).
     """
     alpha_t, sigma_t = alpha_sigma(logsnr_t)
     alpha_s, sigma_s = alpha_sigma(logsnr_s)
@@ -46,7 +46,7 @@ def ancestral_step(z, x_hat, logsnr_t, logsnr_s, gamma, noise):
 
 
 def ddim_step(z, x_hat, logsnr_t, logsnr_s):
-    """DDIM step t -> s (not in the paper; for few steps): same x_hat and eps_hat, less noise."""
+    """DDIM step t -> s (Song et al., 2021; for few steps): same x_hat and eps_hat, less noise."""
     alpha_t, sigma_t = alpha_sigma(logsnr_t)
     alpha_s, sigma_s = alpha_sigma(logsnr_s)
     return alpha_s * x_hat + sigma_s * (z - alpha_t * x_hat) / sigma_t
@@ -227,8 +227,8 @@ def load_model(path, device):
         with torch.device("meta"):          # takes no memory, whatever the file asks for
             model = network(config, len(saved["classes"]))
         model.load_state_dict(saved["ema"], assign=True)
-        ends = logsnr_schedule(config["schedule"], config["res"], config["noise_d"])(torch.rand(2))
-        assert ends.isfinite().all() and all(isinstance(name, str) for name in saved["classes"])
+        some = logsnr_schedule(config["schedule"], config["res"], config["noise_d"])(torch.rand(2))
+        assert some.isfinite().all() and all(isinstance(name, str) for name in saved["classes"])
         assert all(p.is_floating_point() and p.isfinite().all() for p in model.parameters())
     except Exception as error:
         if str(error).startswith("t5:"):
@@ -336,7 +336,7 @@ def main(argv=None):
             out.mkdir(parents=True, exist_ok=True)
             held = lock(out / "settings.json")
             text = (out / "settings.json").read_text()
-            before = dict(guidance_interval=[-99, 99], portrait=False)      # there were such flags
+            before = dict(guidance_interval=[-99, 99], portrait=False)      # of older settings.json
             was = before | json.loads(text) if text else {}
             strangers = not text and list(out.glob("[0-9]*.png"))
             differ = [f"--{name.replace('_', '-')} {was.get(name)}, now {value}"

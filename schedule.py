@@ -31,7 +31,7 @@ def side(res):
 
 
 def logsnr_cosine(t):
-    """Cosine schedule, alpha = cos(pi t / 2), clipped to finite ends (Section 2).
+    """Cosine schedule, alpha = cos(pi t / 2), t rescaled so that its ends are finite (Section 2).
 
     t: (B,) in [0, 1], float32 or float64 -> logsnr: (B,), falling from 15 at t = 0 to -15 at t = 1.
     """

@@ -105,9 +105,9 @@ DEFAULTS = {    # `paper` is the paper's; the others are ours, for smaller machi
     "paper": dict(batch=2048, steps=500_000, lr=1e-4, warmup=10_000),
     "unet":  dict(batch=512,  steps=2_000_000, lr=5e-5, warmup=10_000),     # `paper` as a U-Net
 }
+# What another command may change when a run goes on; anything else is refused.
 MAY_CHANGE = {"data", "steps", "accum", "out", "compile", "bf16", "memory_budget", "recompute",
-              "shard", "workers", "timeout", "log_every", "sample_every",
-              "save_every"}     # on resume; else refused
+              "shard", "workers", "timeout", "log_every", "sample_every", "save_every"}
 AT_LEAST = dict(text_length=1, blocks_16=0, batch=0, accum=1, steps=0, lr=0, warmup=0, clip=1e-9,
                 ema=0, seed=0, noise_d=1,
                 drop_label=0, log_every=1, sample_every=0, save_every=1, dropout_res=0, dropout=-1,
@@ -122,7 +122,7 @@ NOISE_LEVELS = 8                # times at which the loss by noise level is meas
 REPORT_STEPS = 50               # network calls for a picture of the grid
 EXPECT = """What to expect of flowers at 64 x 64: a loss of 0.25 at the start, 0.05 at step 250 (the
 grid shows coloured blobs), 0.03 at step 1,500 (flowers with petals, still soft at the edges).
-The 1,500 steps took 16 minutes on two CPU cores."""
+The 1,500 steps took 15.5 minutes on two CPU cores."""
 
 
 def parse_config(argv=None):
@@ -315,8 +315,99 @@ def main(argv=None):
             os._exit(1)                     # what is left of the group would wait for them
 
 
-def train(config, rank, world, device, meet, at_exit):
+def open_folder(out, minutes, at_exit):
+    """Lock the folder of a run, made if need be, for rank 0 of this command.
+
+    -> log.jsonl, open; names in broken.txt; the newest checkpoint or None; names of grids; None or
+    why it cannot be this run's folder. minutes: --timeout, within which the others wait.
+    """
+    log, named, newest, reports, trouble = None, set(), None, [], None
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        log = lock(out / "log.jsonl", min(60, int(24 * minutes)))
+        at_exit.callback(log.close)
+        if not os.access(out, os.W_OK):
+            raise PermissionError("read-only")
+        newest = max(map(str, out.glob(CHECKPOINTS)), default=None)
+        ours = (out / "log.jsonl").read_bytes()[:7] in (b"", b'{"step"')
+        if not ours and not newest:
+            raise PermissionError("its log.jsonl is not of a run")
+        reports = [file.name for file in out.glob("grid-*.png")]
+        if (out / "broken.txt").exists():
+            lines = (out / "broken.txt").read_text("utf-8", "replace").splitlines()
+            named = {line.split("\t")[0] for line in lines}
+    except BlockingIOError:
+        trouble = f"--out {out}: another process trains there; end that, or give a new --out"
+    except OSError as error:
+        trouble = f"--out {out}: cannot be written to ({error.strerror or error})"
+    return log, named, newest, reports, trouble
+
+
+def finite(tensors):
+    return torch.nn.utils.get_total_norm(tensors).isfinite()
+
+
+def restore(file, config, dataset, model, ema, optimizer):
+    """A checkpoint into model, EMA and optimizer -> its step, seconds and skipped gradients.
+
+    Fails, with a line, if it is damaged or was started with other settings or pictures.
+    """
+    out, pictures, classes = Path(config.out), len(dataset.names), len(dataset.classes)
+    try:
+        saved = read(file)
+    except ValueError as error:
+        older = sorted(map(str, out.glob(CHECKPOINTS)))[:-1] or ["the start"]
+        fail(f"{error}; without that file the run goes on from {older[-1]}")
+    for name in dict.fromkeys([*vars(config), *saved["config"]]):
+        was, now = saved["config"].get(name), getattr(config, name, None)
+        if name not in MAY_CHANGE and now != was:
+            was, now = (value if value != "" else "''" for value in (was, now))
+            fail(f"{out} was started with --{name.replace('_', '-')} {was}, now {now}: go back "
+                 "to that, or give a new --out")
+    try:
+        if (saved["classes"], saved["pictures"]) != (dataset.classes, pictures):
+            fail(f"{out} was started with {saved['pictures']} pictures in "
+                 f"{len(saved['classes'])} classes, now {pictures} in {classes}: put them "
+                 "back, or give a new --out")
+        model.load_state_dict(shared_as(model.state_dict(), saved["model"]))
+        ema.load_state_dict(shared_as(ema.state_dict(), saved["ema"]))
+        step, seconds, skipped = saved["step"], float(saved["seconds"]), int(saved["skipped"])
+        state = saved["optimizer"]["state"]     # whose shapes load_state_dict does not check
+        parts = [part for parts in state.values() for part in parts.values()]
+        assert finite([*saved["model"].values(), *saved["ema"].values(), *parts])
+        for i, p in enumerate(model.parameters()):
+            assert state[i].keys() == {"step", "exp_avg", "exp_avg_sq"}
+            assert state[i]["exp_avg"].shape == state[i]["exp_avg_sq"].shape == p.shape
+            assert state[i]["step"].shape == () and step > 0
+            moments = {name: p for name in ("exp_avg", "exp_avg_sq")}
+            state[i] |= shared_as(moments, {name: state[i][name] for name in moments})
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict(dict(state=state, param_groups=groups))
+    except Exception:
+        fail(f"{file}: does not hold the network its configuration describes, or not whole")
+    return step, seconds, skipped
+
+
+def announce(config, model, dataset, world, kind, start):
+    """Print what is about to happen."""
     height, width = sides(config.res)
+    weights = sum(p.numel() for p in model.parameters()) / 1e6
+    said = f"{len(dataset.classes) or 'no'} classes"
+    if config.text:
+        said = f"captions of {dataset.captioned if config.data else 'all'} pictures"
+    print(f"{config.model} {config.net}, {weights:.1f} M weights, {height} x {width}, "
+          f"{said}, batch {config.batch} on {world} x {kind}"
+          f"{' in bf16' if config.bf16 == 'on' else ''}, steps {start} to {config.steps}.\n"
+          f"Everything goes to {config.out}/; its grid.png shows samples "
+          f"{f'every {config.sample_every} steps' if config.sample_every else 'never'}. "
+          "Stop at any time: the same command resumes.", flush=True)
+    usual = vars(parse_config([]))
+    if start == 0 and all(getattr(config, name) == usual[name]
+                          for name in usual.keys() - MAY_CHANGE - {"seed"}):
+        print(EXPECT, flush=True)
+
+
+def train(config, rank, world, device, meet, at_exit):
     ddp, cuda, master = "RANK" in os.environ, device.type == "cuda", rank == 0
     bf16, micro = config.bf16 == "on", config.batch // (world * config.accum)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = bf16
@@ -375,31 +466,10 @@ def train(config, rank, world, device, meet, at_exit):
                                   weight_decay=0, fused=True)
     logsnr = logsnr_schedule(config.schedule, config.res, config.noise_d)
 
-    def finite(tensors):
-        return torch.nn.utils.get_total_norm(tensors).isfinite()
-
     # -- the run's folder, which belongs to rank 0 of one command at a time
-    out, start, seconds, log, named = Path(config.out), 0, 0.0, None, set()
-    newest, trouble, reports = None, None, []
-    if master:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            log = lock(out / "log.jsonl", min(60, int(24 * config.timeout)))
-            at_exit.callback(log.close)
-            if not os.access(out, os.W_OK):
-                raise PermissionError("read-only")
-            newest = max(map(str, out.glob(CHECKPOINTS)), default=None)
-            ours = (out / "log.jsonl").read_bytes()[:7] in (b"", b'{"step"')
-            if not ours and not newest:
-                raise PermissionError("its log.jsonl is not of a run")
-            reports = [file.name for file in out.glob("grid-*.png")]
-            if (out / "broken.txt").exists():
-                lines = (out / "broken.txt").read_text("utf-8", "replace").splitlines()
-                named = {line.split("\t")[0] for line in lines}
-        except BlockingIOError:
-            trouble = f"--out {out}: another process trains there; end that, or give a new --out"
-        except OSError as error:
-            trouble = f"--out {out}: cannot be written to ({error.strerror or error})"
+    out, start, seconds = Path(config.out), 0, 0.0
+    log, named, newest, reports, trouble = open_folder(out, config.timeout, at_exit) if master \
+        else (None, set(), None, [], None)
     if ddp:
         seen = [newest, trouble, reports]
         dist.broadcast_object_list(seen, group=meet)
@@ -410,40 +480,8 @@ def train(config, rank, world, device, meet, at_exit):
     # -- resume
     skipped = torch.zeros((), device=device)
     if newest:
-        try:
-            saved = read(newest)
-        except ValueError as error:
-            older = sorted(map(str, out.glob(CHECKPOINTS)))[:-1] or ["the start"]
-            fail(f"{error}; without that file the run goes on from {older[-1]}")
-        for name in dict.fromkeys([*vars(config), *saved["config"]]):
-            was, now = saved["config"].get(name), getattr(config, name, None)
-            if name not in MAY_CHANGE and now != was:
-                was, now = (value if value != "" else "''" for value in (was, now))
-                fail(f"{out} was started with --{name.replace('_', '-')} {was}, now {now}: go back "
-                     "to that, or give a new --out")
-        try:
-            if (saved["classes"], saved["pictures"]) != (dataset.classes, pictures):
-                fail(f"{out} was started with {saved['pictures']} pictures in "
-                     f"{len(saved['classes'])} classes, now {pictures} in {classes}: put them "
-                     "back, or give a new --out")
-            model.load_state_dict(shared_as(model.state_dict(), saved["model"]))
-            ema.load_state_dict(shared_as(ema.state_dict(), saved["ema"]))
-            start, seconds = saved["step"], float(saved["seconds"])
-            skipped += int(saved["skipped"])
-            state = saved["optimizer"]["state"]     # whose shapes load_state_dict does not check
-            parts = [part for parts in state.values() for part in parts.values()]
-            assert finite([*saved["model"].values(), *saved["ema"].values(), *parts])
-            for i, p in enumerate(model.parameters()):
-                assert state[i].keys() == {"step", "exp_avg", "exp_avg_sq"}
-                assert state[i]["exp_avg"].shape == state[i]["exp_avg_sq"].shape == p.shape
-                assert state[i]["step"].shape == () and start > 0
-                moments = {name: p for name in ("exp_avg", "exp_avg_sq")}
-                state[i] |= shared_as(moments, {name: state[i][name] for name in moments})
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict(dict(state=state, param_groups=groups))
-        except Exception:
-            fail(f"{newest}: does not hold the network its configuration describes, or not whole")
-        del saved
+        start, seconds, before = restore(newest, config, dataset, model, ema, optimizer)
+        skipped += before
     if master:
         trim(log, start)
         for pattern in (CHECKPOINTS, "model.pt", "grid*.png"):      # left by a kill
@@ -467,21 +505,8 @@ def train(config, rank, world, device, meet, at_exit):
     if ddp and not config.shard:
         net = DDP(model, [device.index] if cuda else None, gradient_as_bucket_view=True)
 
-    # -- what is about to happen
     if master:
-        weights = sum(p.numel() for p in model.parameters()) / 1e6
-        said = f"{classes or 'no'} classes"
-        if config.text:
-            said = f"captions of {dataset.captioned if config.data else 'all'} pictures"
-        print(f"{config.model} {config.net}, {weights:.1f} M weights, {height} x {width}, "
-              f"{said}, batch {config.batch} on {world} x {device.type}"
-              f"{' in bf16' if bf16 else ''}, steps {start} to {config.steps}.\n"
-              f"Everything goes to {out}/; its grid.png shows samples "
-              f"{f'every {config.sample_every} steps' if config.sample_every else 'never'}. "
-              "Stop at any time: the same command resumes.", flush=True)
-        if (config.data, config.init, config.model, config.res, config.text, config.net,
-                config.loss) == ("", "", "tiny", 64, "", "uvit", "eps"):
-            print(EXPECT, flush=True)
+        announce(config, model, dataset, world, device.type, start)
 
     # -- loader: picture numbers of this rank, step by step, from where the run stands
     def numbers():
@@ -579,9 +604,9 @@ def train(config, rank, world, device, meet, at_exit):
     hang_up = getattr(signal, "SIGHUP", signal.SIGTERM)         # the terminal is gone, no nohup
     if signal.getsignal(hang_up) == signal.SIG_IGN:
         hang_up = signal.SIGTERM
-    for told in {signal.SIGTERM, signal.SIGINT, hang_up}:
-        before = signal.signal(told, lambda signum, frame: asked.append(signum))
-        at_exit.callback(signal.signal, told, before)
+    for end in {signal.SIGTERM, signal.SIGINT, hang_up}:
+        before = signal.signal(end, lambda signum, frame: asked.append(signum))
+        at_exit.callback(signal.signal, end, before)
     model.train()
     multiscale = config.multiscale == "on"
     bar = tqdm(total=config.steps, initial=start, disable=not master, unit="step")

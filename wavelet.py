@@ -59,6 +59,7 @@ def dwt(x, levels):
     Only the low band is transformed again; the finer bands are folded (space to depth) to the
     coarsest size. Channels: low band first, then the bands from coarse to fine, each level in the
     order detail along x, along y, along both. Linear and differentiable.
+    s is a low half, d a high one (detail): of ds, x is high and y is low.
     """
     if levels == 0:
         return x

