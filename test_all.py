@@ -3154,3 +3154,13 @@ def test_table_of_sizes_in_the_readme_is_the_presets():
         assert [int(w) for w in widths.split(",")] == list(preset["widths"]) and int(depth) == preset["depth"]
         assert [int(b) for b in blocks.split(",")] == list(preset["blocks"])
         assert (number(batch), number(steps), number(lr)) == (default["batch"], default["steps"], default["lr"])
+
+
+def test_python_of_the_readme_draws_pictures(monkeypatch):
+    """As it stands there, but for the number of steps."""
+    monkeypatch.chdir(HERE)
+    (code,) = re.findall(r"^```python\n(.*?)^```", (HERE / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert code.count(", 128, ") == 1
+    exec(code.replace(", 128, ", ", 4, "), found := {})
+    x = found["x"]
+    assert x.shape == (4, 3, 144, 144) and x.abs().max() <= 1 and .05 < x.std() < .9 and not torch.equal(x[0], x[1])
