@@ -52,7 +52,7 @@ def never_shown(colour, petals):
 
 
 def draw_flower(rng, petals, res, colours=PETALS):
-    """A flower seen from above, drawn by formulas, equally sharp at every resolution.
+    """A flower seen from above, drawn by formulas, its edges equally sharp at every resolution.
 
     rng: numpy Generator; petals: 3 to 12; res: size, d or "HxW"; colours: names to choose from ->
     picture: (H, W, 3) float32 in [0, 1], caption: str.

@@ -13,7 +13,7 @@ has power only at multiples of their number k: the centre is where that is most 
     colour      of the outer part of the petals, by name (data.py: PETALS)
     axes        height over width at which the flower is most symmetric; 1 is round
     asymmetry   turned by 2 pi / k, how much changes, over what varies round the centre: 0, all
-                petals are one, to 2
+                petals are one, to 2; noise has the root of 2
     detail      power in the finest octave of the spectrum over that of real flowers, geometric
                 means over pictures; 1 is as sharp
     distance    Frechet distance to 500 real flowers on whitened features of a fixed random
@@ -233,7 +233,9 @@ def likeness(x, truth, trained):
 
 
 def real(count, res, seed=5):
-    """Flowers of data.py -> pictures (N, 3, H, W) in [0, 1], petals (N,), colours [N]."""
+    """Flowers of data.py -> pictures (N, 3, H, W) in [0, 1], petals (N,), colours [N]. They are
+    those that train.py learns from with the same seed: here 5, and 7 as the truth of `distance`.
+    """
     drawn, petals, colour = [], [], []
     for i in range(count):
         rng = np.random.default_rng((seed, i))
