@@ -237,7 +237,8 @@ def load_model(path, device):
     return model.to(device, torch.float32).eval().requires_grad_(False), saved
 
 
-def main(argv=None):
+def parse_args(argv):
+    """argv -> what to draw. Wrong input: a line, exit code 2."""
     parser = Parser(description="Draw pictures with a trained model.", allow_abbrev=False)
     parser.add_argument("--ckpt", default="", help="model.pt of a run (default: the newest; where "
                         "there is no run, assets/flowers.pt, or with prompts assets/words.pt)")
@@ -282,21 +283,11 @@ def main(argv=None):
     for name, most in dict(gamma=1, n=10_000_000, steps=100_000, batch=10_000, seed=2**63).items():
         if getattr(args, name) > most:
             fail(f"--{name} {getattr(args, name)}: must be at most {most}")
-    found = filter(os.path.isfile, glob.glob("runs/*/model.pt"))
-    released = Path(__file__).parent / "assets" / ("words.pt" if args.prompt else "flowers.pt")
-    ckpt = args.ckpt or max(found, key=os.path.getmtime, default=released)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device, bf16 = pick_device()
-    try:
-        model, saved = load_model(ckpt, device)
-    except ValueError as error:
-        fail(f"--ckpt {error}")
-    if args.compile:
-        model.compile(mode="reduce-overhead")
-    config, classes = saved["config"], saved["classes"]
-    schedule = args.schedule or config["schedule"]
-    logsnr = logsnr_schedule(schedule, config["res"], config["noise_d"])
+    return args
 
+
+def conditions(args, ckpt, config, classes):
+    """What is asked for, in turns -> rows of `condition`. What the model has not: a line."""
     if args.prompt and not config["text"]:
         fail(f"--prompt: needs a model with --text, and {ckpt} was trained without; "
              "--ckpt assets/words.pt has it")
@@ -323,6 +314,63 @@ def main(argv=None):
         except ValueError as error:
             fail(f"--ckpt {ckpt}: {error}")
         wanted = [condition(0, args.portrait, tokens(prompt)) for prompt in args.prompt or [""]]
+    return wanted
+
+
+def open_folder(out, settings, pictures, named):
+    """Lock the folder, for rank 0. Pictures of the same settings stay, so that the same command
+    goes on; others are removed, or, in a folder that --out named, refused.
+
+    -> settings.json, open, as long as which the lock holds; None or why the folder cannot be used.
+    """
+    held = None
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        held = lock(out / "settings.json")
+        text = (out / "settings.json").read_text()
+        before = dict(guidance_interval=[-99, 99], portrait=False)      # of older settings.json
+        was = before | json.loads(text) if text else {}
+        strangers = not text and list(out.glob("[0-9]*.png"))
+        differ = [f"--{name.replace('_', '-')} {was.get(name)}, now {value}"
+                  for name, value in settings.items()
+                  if was.get(name) != value]
+        if strangers or text and differ and named:
+            what = strangers[0].name if strangers else differ[0]
+            if not text:
+                (out / "settings.json").unlink()
+            return held, f"--out {out}: holds other pictures ({what}): name another folder"
+        if differ:
+            olds = [*out.glob("[0-9]" * 6 + "*.png"), out / "samples.npz", out / "grid.png",
+                    out / "film.png"]
+            for old in olds:
+                old.unlink(missing_ok=True)
+            held.truncate(0)
+            held.write(json.dumps(settings).encode())
+        for name in ["samples.npz", "grid.png", "film.png", *pictures]:
+            (out / f"{name}.part").unlink(missing_ok=True)      # of a command that was killed
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        return held, f"--out {out}: cannot be used ({error}): name another folder"
+    return held, None
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    found = filter(os.path.isfile, glob.glob("runs/*/model.pt"))
+    released = Path(__file__).parent / "assets" / ("words.pt" if args.prompt else "flowers.pt")
+    ckpt = args.ckpt or max(found, key=os.path.getmtime, default=released)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device, bf16 = pick_device()
+    try:
+        model, saved = load_model(ckpt, device)
+    except ValueError as error:
+        fail(f"--ckpt {error}")
+    if args.compile:
+        model.compile(mode="reduce-overhead")
+    config, classes = saved["config"], saved["classes"]
+    schedule = args.schedule or config["schedule"]
+    logsnr = logsnr_schedule(schedule, config["res"], config["noise_d"])
+
+    wanted = conditions(args, ckpt, config, classes)
 
     # -- the folder: pictures of the same settings are kept, so that the same command goes on
     out, pictures = Path(args.out or "samples"), [f"{i:06d}.png" for i in range(args.n)]
@@ -331,34 +379,8 @@ def main(argv=None):
                                  device=device.type, bf16=bf16)
     del settings["compile"], settings["film"]       # the same pictures, to rounding
     trouble = [None]                        # what rank 0 says to all
-    try:
-        if rank == 0:
-            out.mkdir(parents=True, exist_ok=True)
-            held = lock(out / "settings.json")
-            text = (out / "settings.json").read_text()
-            before = dict(guidance_interval=[-99, 99], portrait=False)      # of older settings.json
-            was = before | json.loads(text) if text else {}
-            strangers = not text and list(out.glob("[0-9]*.png"))
-            differ = [f"--{name.replace('_', '-')} {was.get(name)}, now {value}"
-                      for name, value in settings.items()
-                      if was.get(name) != value]
-            if strangers or text and differ and args.out:
-                what = strangers[0].name if strangers else differ[0]
-                trouble = [f"--out {out}: holds other pictures ({what}): name another folder"]
-            elif differ:
-                olds = [*out.glob("[0-9]" * 6 + "*.png"), out / "samples.npz", out / "grid.png",
-                        out / "film.png"]
-                for old in olds:
-                    old.unlink(missing_ok=True)
-                held.truncate(0)
-                held.write(json.dumps(settings).encode())
-            if trouble[0] and not text:
-                (out / "settings.json").unlink()
-            made = ["samples.npz", "grid.png", "film.png", *pictures]
-            for name in made if not trouble[0] else []:
-                (out / f"{name}.part").unlink(missing_ok=True)      # of a command that was killed
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
-        trouble = [f"--out {out}: cannot be used ({error}): name another folder"]
+    if rank == 0:
+        held, trouble[0] = open_folder(out, settings, pictures, args.out)
     if world > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))
         dist.broadcast_object_list(trouble)

@@ -208,8 +208,8 @@ SURVIVAL_MUTANTS = [
     ("sample.py", "        model.compile(mode=\"reduce-overhead\")\n", "        pass\n", "compiled_samples"),
     ("sample.py", "if unseen or not all(drawn(i) for i in indices):", "if True:", "half_way"),
     ("sample.py", "if unseen or not all(drawn(i) for i in indices):", "if not any(drawn(i) for i in indices):", "half_way"),
-    ("sample.py", "                    old.unlink(missing_ok=True)\n", "                    pass\n", "starts_over"),
-    ("sample.py", "if strangers or text and differ and args.out:", "if strangers:", "half_way"),
+    ("sample.py", "                old.unlink(missing_ok=True)\n", "                    pass\n", "starts_over"),
+    ("sample.py", "if strangers or text and differ and named:", "if strangers:", "half_way"),
     ("sample.py", "strangers = not text and list(", "strangers = False and list(", "wrong_call"),
 ]
 
