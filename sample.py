@@ -319,9 +319,10 @@ def conditions(args, ckpt, config, classes):
 
 def open_folder(out, settings, pictures, named):
     """Lock the folder, for rank 0. Pictures of the same settings stay, so that the same command
-    goes on; others are removed, or, in a folder that --out named, refused.
+    goes on. Of other settings they are removed, or, in a folder that --out named, refused, as are
+    numbered pictures without settings.json.
 
-    -> settings.json, open, as long as which the lock holds; None or why the folder cannot be used.
+    -> settings.json (open: the lock lasts as long), and None or why the folder cannot be used.
     """
     held = None
     try:

@@ -1485,6 +1485,7 @@ def test_ablations_train_score_and_write_a_table_and_go_on(tmp_path, monkeypatch
     gap = np.mean([scores["off", seed]["errors"][0][0] - scores["on", seed]["errors"][0][0] for seed in (0, 1)])
     assert f"| 64 | less than off by | {gap:+.3f} ± " in page
     assert Image.open(tmp_path / "multiscale-tiny-64-2x2-2-seeds.png").size[0] > 720
+    assert "](multiscale-tiny-64-2x2-2-seeds.png)" in page
     when = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("*.*") if file.suffix in (".pt", ".json")}
     ablations.main(flags)
     assert when == {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("*.*") if file.suffix in (".pt", ".json")} and (tmp_path / "RESULTS.md").read_text() == page
@@ -3141,6 +3142,14 @@ def test_every_flag_in_the_readme_exists():
         known |= set(re.findall(r"--[a-z0-9-]+", run_script(*PYTHON, script, "--help")))
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", (HERE / "README.md").read_text()))
     assert named and not named - known, named - known
+
+
+def test_what_to_expect_is_said_of_the_flowers_it_was_seen_with(capsys):
+    model, flowers = uvit.UViT(64, **uvit.PRESETS["tiny"], classes=10), data.Flowers(64)
+    for argv, expected in (([], True), (["--seed", "3", "--steps", "9", "--accum", "2"], True), (["--data", "emoji"], False), (["--lr", "1e-3"], False),
+                           (["--batch", "16"], False), (["--schedule", "cosine"], False), (["--res", "32"], False), (["--blocks-16", "2"], False)):
+        train.announce(train.parse_config(argv), model, flowers, 1, "cpu", 0)
+        assert ("What to expect" in capsys.readouterr().out) == expected, argv
 
 
 def test_table_of_sizes_in_the_readme_is_the_presets():

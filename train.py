@@ -398,12 +398,12 @@ def announce(config, model, dataset, world, kind, start):
     print(f"{config.model} {config.net}, {weights:.1f} M weights, {height} x {width}, "
           f"{said}, batch {config.batch} on {world} x {kind}"
           f"{' in bf16' if config.bf16 == 'on' else ''}, steps {start} to {config.steps}.\n"
-          f"Everything goes to {config.out}/; its grid.png shows samples "
+          f"Everything goes to {Path(config.out)}/; its grid.png shows samples "
           f"{f'every {config.sample_every} steps' if config.sample_every else 'never'}. "
           "Stop at any time: the same command resumes.", flush=True)
     usual = vars(parse_config([]))
-    if start == 0 and all(getattr(config, name) == usual[name]
-                          for name in usual.keys() - MAY_CHANGE - {"seed"}):
+    if not config.data and all(getattr(config, name) == usual[name]
+                               for name in usual.keys() - MAY_CHANGE - {"seed"}):
         print(EXPECT, flush=True)
 
 
@@ -564,8 +564,8 @@ def train(config, rank, world, device, meet, at_exit):
 
     # -- what rank 0 writes
     def save_report(losses, sheet):
-        finite = [loss if math.isfinite(loss) else None for loss in losses]
-        append(log, json.dumps(dict(step=done, loss_by_noise_level=finite)))
+        known = [loss if math.isfinite(loss) else None for loss in losses]
+        append(log, json.dumps(dict(step=done, loss_by_noise_level=known)))
         tqdm.write(f"step {done}: loss from clean to noisy "
                    + " ".join(f"{loss:.4f}" for loss in losses))
         for name in (f"grid-{done:07d}.png", "grid.png"):

@@ -128,8 +128,10 @@ FINDINGS = dict(
         "transformer": ("--dropout 0.2", None)}),
     blocks=("More blocks at 16 x 16 are better (Section 3.3)", (72,), {
         f"{n}": (f"--blocks-16 {n}", None) for n in (1, 2, 4, 8)}),
-    patch=("The wavelet is better than no patching and faster, a convolution not as good (Section "
-           "3.3); the blocks that a smaller top level saves move into the transformer",
+    patch=("The wavelet is better than no patching and faster, a convolution not as good as the "
+           "wavelet of its stride (Section 3.3); the blocks that a smaller top level saves move "
+           "into the transformer; levels are 16, 16, 16, 48 wide for none, 16, 16, 48 with one "
+           "halving, 48, 48 with two",
            (144,), {
                "none": ("--patch none", None),
                "DWT-1": ("--blocks-16 6", levels(1)), "DWT-2": ("--blocks-16 8", levels(2)),
@@ -182,8 +184,7 @@ def cell(finding, res, name, seed, args):
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
     flags, change = FINDINGS[finding][2][name]
     out = folder(finding, res, name, seed, args)
-    settings = dict(samples=args.samples, sample_steps=args.sample_steps, score=4, flags=flags,
-                    change=change and change.__qualname__)
+    settings = dict(samples=args.samples, sample_steps=args.sample_steps, score=4, flags=flags)
     try:
         if json.loads((out / "scores.json").read_text())["settings"] == settings:
             return out
@@ -197,8 +198,8 @@ def cell(finding, res, name, seed, args):
     few = args.out / f"few-{res}" if finding == "dropout" else None
     data = ["--data", str(few), "--no-flip"] if few else []
     train.main([*flags.split(), *data, "--res", str(res), "--model", args.model, "--batch",
-                str(args.batch), "--lr", str(args.lr), "--steps", str(args.steps), "--seed",
-                str(seed), "--out", str(out), "--sample-every", "0"])
+                str(args.batch), "--lr", str(args.lr), "--warmup", "100", "--steps",
+                str(args.steps), "--seed", str(seed), "--out", str(out), "--sample-every", "0"])
     device, bf16 = sample.pick_device()
     model, saved = sample.load_model(out / "model.pt", device)
     if saved["step"] < args.steps:          # told to stop: saved, but not done
@@ -213,7 +214,7 @@ def cell(finding, res, name, seed, args):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             drawn.append(sample.sample(
                 model, logsnr, noise, args.sample_steps, label,
-                watch=lambda step, z, x_hat: start or shots.update({step: x_hat[:1]})))
+                watch=lambda step, z, x_hat: start or shots.update({step: x_hat[:1].clone()})))
     x = (torch.cat(drawn).cpu() + 1) / 2
     pictures = sample.to_uint8(x * 2 - 1)
     sample.grid(list(pictures[:40]), 10).save(out / "samples.png")
@@ -222,13 +223,13 @@ def cell(finding, res, name, seed, args):
     found = scored(x, res)
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     errors = validate(model, config["res"], device=device)
-    seen = validate(model, config["res"], device=device, pictures=Pictures(
-        few, res, flip=False)) if few else errors
-    with FlopCounterMode(display=False) as counter:
-        model(drawn[0][:1], torch.zeros(1, device=device), label[:1])
+    seen = validate(model, config["res"], device=device,
+                    pictures=Pictures(few, res, flip=False))[0] if few else [math.nan]
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):   # knows all attention
+        sample.network(config, len(saved["classes"]))(torch.empty(1, 3, res, res), torch.empty(1))
     right = found["petals"] == torch.arange(len(x)) % 10 + 3
     scores = dict(settings=settings, errors=errors,
-                  structure=np.mean(errors[0]), full=np.mean(errors[1]), seen=np.mean(seen[0]),
+                  structure=np.mean(errors[0]), full=np.mean(errors[1]), seen=np.mean(seen),
                   flops=counter.get_total_flops() / 1e9,
                   asymmetry=found["asymmetry"].median().item(), petals=right.float().mean().item(),
                   distance=found["distance"], detail=found["detail"],
@@ -327,7 +328,7 @@ def label_rows(sheets, names, title):
 
 def pictures(finding, sizes, rows, args):
     """Samples of seed 0, a class a column, averaged as they are scored: what is finer is mostly
-    grain; for schedules also what is decided when (Figure 3), averaged too.
+    grain; for schedules also what is decided when (Figure 3), averaged too -> Markdown.
     """
     sheets, names, decided, whose = [], [], [], []
     for res in sizes:
@@ -345,6 +346,7 @@ def pictures(finding, sizes, rows, args):
     if decided:
         above = {0: "x_hat at t = 0.8", 144: "t = 0.5", 288: "t = 0.2", 432: "the sample"}
         label_rows(decided, whose, above).save(HERE / f"decided-{name}.png")
+    return f"\n\n![Samples of seed 0, averaged]({name}.png)"
 
 
 def write_result(title, text):
@@ -374,7 +376,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.sample_steps < 6 or args.samples < 10:
         sample.fail("--sample-steps must be at least 6, --samples at least 10")
-    # Half of `tiny`'s own rate: --batch is half of its own.
+    # Of `tiny` half of its own rate, since the default of --batch is half of its own.
     args.lr = 1e-3 if args.model == "tiny" else train.DEFAULTS[args.model]["lr"]
     # Rows at a time, the cores shared: one where speed is measured, or where there is one GPU.
     args.jobs = 1 if args.finding in ("patch", "blocks") or torch.cuda.is_available() else 2
@@ -398,10 +400,9 @@ def main(argv=None):
     except OSError as error:
         sample.fail(f"{error.filename or args.out}: {error.strerror or error}: mended, the same "
                     "command goes on")
-    text = table(args.finding, sizes, rows, args)
+    text = table(args.finding, sizes, rows, args) + pictures(args.finding, sizes, rows, args)
     print(text)
     write_result(title(args.finding, sizes, rows, args), text)
-    pictures(args.finding, sizes, rows, args)
 
 
 if __name__ == "__main__":
