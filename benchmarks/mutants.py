@@ -124,6 +124,7 @@ MUTANTS = [     # file, what stands there (once), what is put in its place
 ]
 
 TRAINER_MUTANTS = [     # and the tests that may notice, since these take longer
+    ("train.py", "if not config.data and all", "if all", "what_to_expect"),
     ("train.py", "diffusion_loss(net, x, t, eps, logsnr, label,", "diffusion_loss(model, x, t, eps, logsnr, label,", "ranks"),
     ("train.py", "yield range(first, first + micro)", "yield range(step * config.batch, step * config.batch + micro)", "accumulation"),
     ("train.py", "draw_noise(config.seed, first, micro, config.res, device)", "draw_noise(config.seed, step, micro, config.res, device)", "ranks or accumulation"),
