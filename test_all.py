@@ -1969,10 +1969,10 @@ def unbroken(tmp_path_factory):
 
 def start_script(*command):
     """A command in the background, in a process group of its own; its output goes to `.said`."""
-    file = tempfile.TemporaryFile("w+")
+    file = tempfile.NamedTemporaryFile()        # read by name: a seek of this handle would move where the command writes
     process = subprocess.Popen([str(word) for word in command], cwd=HERE, stdout=file, stderr=subprocess.STDOUT, text=True,
                                env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
-    process.said = lambda: file.seek(0) or file.read()
+    process.said = lambda: Path(file.name).read_text("utf-8", "replace")
     return process
 
 
