@@ -106,10 +106,10 @@ def carry_over(first, model, same_classes):
     """A trained network -> its weights into `model`, for another size, other classes or captions.
 
     Not in the paper. The coarse bands of the wavelet, which are the first channels, keep their
-    weights; to those of finer bands that are new the channels that were there start deaf (zero
-    weights). A position keeps its distance from the middle, in shorter sides of the map. Conditions
-    that are new, other classes too, start unheard (HEARD_BY is zero); of a class or way up that is
-    gone the null row is added to the clock's bias.
+    weights; finer bands that are new enter the channels that were there with zero weights. A
+    position keeps its distance from the middle, in shorter sides of the map. Conditions that are
+    new, other classes too, start unheard (HEARD_BY is zero); of a class or way up that is gone the
+    null row is added to the clock's bias.
     Raises ValueError if it is another network, or its top level a wider one.
     """
     weights, own = first.state_dict(), model.state_dict()       # own shares the model's memory

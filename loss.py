@@ -45,8 +45,8 @@ def sigmoid_weight(t, logsnr, d, b=None):
     """Weight of the successor (SiD2, arXiv 2410.19324): -1/2 dlogsnr/dt sigmoid(b - logsnr).
 
     t: (B,); logsnr: a schedule; d: side of the pictures, by which b goes if it is None
-    -> w: (B, 1, 1, 1), for the error of eps. Over logsnr (-1/2 dlogsnr/dt is the change of
-    variable) it is ||eps - eps_hat||^2 where logsnr << b, exp(b) ||x - x_hat||^2 where it is >> b.
+    -> w: (B, 1, 1, 1), for the error of eps. Over logsnr (dlogsnr/dt is the change of variable)
+    half of ||eps - eps_hat||^2 is left where logsnr << b, of exp(b) ||x - x_hat||^2 where >> b.
     """
     if b is None:
         b = np.interp(np.log2(d), (7, 8, 9, 10), (0, -1, -3, -4)).item()
