@@ -5,6 +5,7 @@
 A test's name is a sentence of the paper or a promise of ours. benchmarks/mutants.py breaks the
 formulas one at a time and shows which of these turns red.
 """
+import argparse
 import contextlib
 import io
 import json
@@ -1496,6 +1497,37 @@ def test_ablations_train_score_and_write_a_table_and_go_on(tmp_path, monkeypatch
     assert Image.open(tmp_path / "multiscale-tiny-64-on-2x2-2-seeds.png")
     ablations.main([*flags, "--rows", "on", "off"])             # the finding's order
     assert (tmp_path / "RESULTS.md").read_text() == after
+
+
+def test_ablations_speed_is_over_that_of_the_first_row(tmp_path, monkeypatch):
+    ablations = ablations_module()
+    args = argparse.Namespace(model="tiny", batch=2, lr=1e-3, steps=2, seeds=3, samples=10, sample_steps=10, out=tmp_path / "runs")
+
+    def fit(finding, res, name, seed, args, steps, out):        # two rows' logs, the second row half as fast, and slower each time
+        turns.append((finding, res, name, steps))
+        speed = {"1": 10, "8": 5}[name] / len(turns)
+        lines = [dict(step=20, images_per_second=1), dict(step=40, images_per_second=speed), dict(step=40, validation=[1]), dict(step=60, images_per_second=3 * speed)]
+        (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:most]))
+    turns, most, rows, sizes = [], 4, ["1", "8"], [16, 24]
+    monkeypatch.setattr(ablations, "fit", fit)
+    monkeypatch.setattr(ablations, "ProcessPoolExecutor", lambda *_, **__: contextlib.nullcontext(argparse.Namespace(map=map)))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    assert ablations.pace("blocks", 16, "1", args) == 20
+    turns = []
+    found = ablations.paces("blocks", sizes, rows, args, rounds=2)
+    assert turns == [("blocks", res, name, 60) for _ in range(2) for res in sizes for name in rows]
+    assert found[16, "1"] == found[24, "1"] == [1, 1]
+    assert found[16, "8"] == pytest.approx([1 / 4, 5 / 12]) and found[24, "8"] == pytest.approx([3 / 8, 7 / 16])
+    most = 2                                                    # told to stop
+    with pytest.raises(KeyboardInterrupt):
+        ablations.pace("blocks", 16, "1", args)
+    for name in rows:
+        for seed in range(3):
+            out = ablations.folder("blocks", 16, name, seed, args)
+            out.mkdir(parents=True)
+            (out / "scores.json").write_text(json.dumps(dict.fromkeys(ablations.METRICS, int(name) + seed) | dict(errors=[[0] * 5] * 2)))
+    page = ablations.table("blocks", [16], rows, args, {(16, "1"): [1, 1, 1], (16, "8"): [.5, .6, .7]})
+    assert "| 9.00 ± 1.00 | 0.60 ± 0.10 |" in page and "| 2.00 ± 1.00 | 1.00 ± 0.00 |" in page     # FLOPs, speed
 
 
 def test_ablations_that_cannot_run_end_with_a_line(tmp_path, capsys):

@@ -19,12 +19,15 @@ are at least as wide as the wavelet has channels (48 at 288, 192 at 576), not on
     petals, asymmetry, distance     benchmarks/score.py, of samples by class without guidance,
                         averaged
     detail              the same, of samples as they are
+    speed               pictures/s of 40 steps, rows in turns, three rounds, nothing beside them
+                        (patch, blocks)
 """
 import json
 import math
 import os
 import re
 import sys
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -49,10 +52,10 @@ HERE, LANCZOS = Path(__file__).parent, Image.Resampling.LANCZOS
 LEVELS = -4., -2., 0., 2., 4.               # logsnr of the averaged picture
 METRICS = dict(structure="{:.4f}", full="{:.4f}", seen="{:.4f}", asymmetry="{:.3f}",
                petals="{:.1%}", distance="{:.3f}", detail="{:.2f}", flops="{:.2f}",
-               speed="{:.1f}")
+               speed="{:.2f}")
 ONLY = dict(seen=("dropout",), flops=("patch", "blocks"), speed=("patch", "blocks"))
 UNITS = dict(structure="structure, rms", full="full, rms", seen="seen, rms", petals="petals right",
-             flops="GFLOPs a picture, forward", speed="pictures/s, training")
+             flops="GFLOPs a picture, forward", speed="speed of training, first row 1")
 COMPARED = "structure", "full", "asymmetry", "distance", "detail"
 
 
@@ -179,17 +182,9 @@ def scored(x, res):
             | dict(detail=score.detail(x, truth)))
 
 
-def cell(finding, res, name, seed, args):
-    """Train, sample and score one row with one seed, in a process of its own -> its folder."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
+def fit(finding, res, name, seed, args, steps, out):
+    """Train one row, in a process of its own -> the folder of its few pictures, or None."""
     flags, change = FINDINGS[finding][2][name]
-    out = folder(finding, res, name, seed, args)
-    settings = dict(samples=args.samples, sample_steps=args.sample_steps, score=4, flags=flags)
-    try:
-        if json.loads((out / "scores.json").read_text())["settings"] == settings:
-            return out
-    except OSError:
-        pass
     if change:
         change()
     widen(3 * 4**uvit.wavelet_levels(res))
@@ -199,7 +194,35 @@ def cell(finding, res, name, seed, args):
     data = ["--data", str(few), "--no-flip"] if few else []
     train.main([*flags.split(), *data, "--res", str(res), "--model", args.model, "--batch",
                 str(args.batch), "--lr", str(args.lr), "--warmup", "100", "--steps",
-                str(args.steps), "--seed", str(seed), "--out", str(out), "--sample-every", "0"])
+                str(steps), "--seed", str(seed), "--out", str(out), "--sample-every", "0"])
+    return few
+
+
+def pace(finding, res, name, args):
+    """Pictures/s of one row in steps 21 to 60 of its training, on all cores."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    with tempfile.TemporaryDirectory() as out:
+        fit(finding, res, name, 0, args, 60, Path(out))
+        lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    found = {line["step"]: line["images_per_second"] for line in lines
+             if "images_per_second" in line}
+    if 60 not in found:                     # told to stop
+        raise KeyboardInterrupt
+    return (found[40] + found[60]) / 2
+
+
+def cell(finding, res, name, seed, args):
+    """Train, sample and score one row with one seed, in a process of its own -> its folder."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
+    out = folder(finding, res, name, seed, args)
+    settings = dict(samples=args.samples, sample_steps=args.sample_steps, score=4,
+                    flags=FINDINGS[finding][2][name][0])
+    try:
+        if json.loads((out / "scores.json").read_text())["settings"] == settings:
+            return out
+    except OSError:
+        pass
+    few = fit(finding, res, name, seed, args, args.steps, out)
     device, bf16 = sample.pick_device()
     model, saved = sample.load_model(out / "model.pt", device)
     if saved["step"] < args.steps:          # told to stop: saved, but not done
@@ -221,7 +244,6 @@ def cell(finding, res, name, seed, args):
     decided = [sample.to_uint8(shots[round((1 - t) * args.sample_steps)])[0] for t in (.8, .5, .2)]
     np.save(out / "decided.npy", np.stack([*decided, pictures[0]]))
     found = scored(x, res)
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     errors = validate(model, config["res"], device=device)
     with FlopCounterMode(display=False) as counter, torch.device("meta"):   # knows all attention
         sample.network(config, len(saved["classes"]))(torch.empty(1, 3, res, res), torch.empty(1))
@@ -230,14 +252,22 @@ def cell(finding, res, name, seed, args):
                   structure=np.mean(errors[0]), full=np.mean(errors[1]),
                   flops=counter.get_total_flops() / 1e9,
                   asymmetry=found["asymmetry"].median().item(), petals=right.float().mean().item(),
-                  distance=found["distance"], detail=found["detail"],
-                  speed=float(np.median([line["images_per_second"] for line in lines
-                                         if "images_per_second" in line])))
+                  distance=found["distance"], detail=found["detail"])
     if few:
         seen = validate(model, res, device=device, pictures=Pictures(few, res, flip=False))
         scores["seen"] = np.mean(seen[0])
     write(out / "scores.json", lambda file: file.write(json.dumps(scores).encode()))
     return out
+
+
+def paces(finding, sizes, rows, args, rounds=3):
+    """{(res, name): [speed of training over that of the first row, a round each]}, in turns."""
+    turns = [(finding, res, name, args) for _ in range(rounds) for res in sizes for name in rows]
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+        found = np.reshape(list(pool.map(pace, *zip(*turns))), (rounds, len(sizes), len(rows)))
+    ratios = found / found[:, :, :1]
+    return {(res, name): ratios[:, i, j].tolist()
+            for i, res in enumerate(sizes) for j, name in enumerate(rows)}
 
 
 def folder(finding, res, name, seed, args):
@@ -254,7 +284,7 @@ def title(finding, sizes, rows, args):
                       f"{args.steps}x{args.batch}", f"{args.seeds} seeds"])
 
 
-def table(finding, sizes, rows, args):
+def table(finding, sizes, rows, args, speeds):
     says = FINDINGS[finding][0]
     metrics = [m for m in METRICS if finding in ONLY.get(m, FINDINGS)]
     heads = " | ".join(UNITS.get(m, m) for m in metrics)
@@ -269,7 +299,8 @@ def table(finding, sizes, rows, args):
               for res in sizes for name in rows}
     for res in sizes:
         for name in rows:
-            values = {m: [s[m] for s in scores[res, name]] for m in metrics}
+            values = {m: speeds[res, name] if m == "speed" else [s[m] for s in scores[res, name]]
+                      for m in metrics}
             said = [METRICS[m].format(np.mean(v)) + " ± " + METRICS[m].format(np.std(v, ddof=1))
                     if len(v) > 1 else METRICS[m].format(v[0]) for m, v in values.items()]
             lines.append(f"| {res} | {name} | {' | '.join(said)} |")
@@ -379,8 +410,7 @@ def main(argv=None):
         sample.fail("--sample-steps must be at least 6, --samples at least 10")
     # Of `tiny` half of its own rate, since the default of --batch is half of its own.
     args.lr = 1e-3 if args.model == "tiny" else train.DEFAULTS[args.model]["lr"]
-    # Rows at a time, the cores shared: one where speed is measured, or where there is one GPU.
-    args.jobs = 1 if args.finding in ("patch", "blocks") or torch.cuda.is_available() else 2
+    args.jobs = 1 if torch.cuda.is_available() else 2       # rows at a time, the cores shared
     _, own, every = FINDINGS[args.finding]
     sizes = sorted(set(args.sizes or own))
     rows = [name for name in every if name in (args.rows or every)]
@@ -396,12 +426,14 @@ def main(argv=None):
         with ProcessPoolExecutor(args.jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
             for n, done in enumerate(pool.map(cell, *zip(*cells)), 1):
                 print(f"{n} of {len(cells)}: {done}", flush=True)
+        speeds = paces(args.finding, sizes, rows, args) if args.finding in ONLY["speed"] else {}
     except KeyboardInterrupt:
         sample.fail("stopped: the same command goes on from here", 130)
     except OSError as error:
         sample.fail(f"{error.filename or args.out}: {error.strerror or error}: mended, the same "
                     "command goes on")
-    text = table(args.finding, sizes, rows, args) + pictures(args.finding, sizes, rows, args)
+    text = (table(args.finding, sizes, rows, args, speeds)
+            + pictures(args.finding, sizes, rows, args))
     print(text)
     write_result(title(args.finding, sizes, rows, args), text)
 
