@@ -79,8 +79,9 @@ def sample(model, logsnr, noise, steps, label=None, sampler="ancestral", gamma=0
     """
     z = noise()
     clock = logsnr(torch.linspace(1, 0, steps + 1))
+    pairs = clock.to(z.device).unfold(0, 2, 1)          # (steps, 2): now, and what comes next
     for i in tqdm(range(steps), desc="sampling", disable=not bar, leave=False):
-        logsnr_t, logsnr_s = clock[i:i + 2].to(z.device)[:, None].expand(2, len(z))
+        logsnr_t, logsnr_s = pairs[i, :, None].expand(2, len(z))
         inside = interval[0] <= clock[i] <= interval[1]
         v_hat = guided(model, z, logsnr_t, label, guidance if inside else 1)
         x_hat = x_from_v(z, v_hat, *alpha_sigma(logsnr_t)).clamp(-1, 1)
@@ -366,7 +367,7 @@ def main(argv=None):
     except ValueError as error:
         fail(f"--ckpt {error}")
     if args.compile:
-        model.compile(mode="reduce-overhead")
+        model.compile(mode="reduce-overhead", dynamic=False)
     config, classes = saved["config"], saved["classes"]
     schedule = args.schedule or config["schedule"]
     logsnr = logsnr_schedule(schedule, config["res"], config["noise_d"])
@@ -398,8 +399,10 @@ def main(argv=None):
             if step in shown and args.film and 0 in indices:
                 shots.append((z[:1].cpu(), x_hat[:1].cpu()))
 
-        label = torch.stack([wanted[i % len(wanted)] for i in indices]).to(device)
-        noise = picture_noise(args.seed, indices, config["res"], device)
+        # Compiled code is for one size of batch: the last is filled up, which zip leaves out again.
+        filled = range(indices[0], indices[0] + args.batch) if args.compile else indices
+        label = torch.stack([wanted[i % len(wanted)] for i in filled]).to(device)
+        noise = picture_noise(args.seed, filled, config["res"], device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             x = sample(model, logsnr, noise, args.steps, label, args.sampler, args.gamma,
                        args.guidance, args.guidance_interval, bar=rank == 0, watch=watch)

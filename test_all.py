@@ -2501,6 +2501,26 @@ def test_compiled_code_keeps_a_share_of_the_activations_for_the_backward_pass(tm
     assert same_to_rounding(one, other)
 
 
+def test_compiled_dropout_has_the_same_masks_in_the_backward_pass(tmp_path, little, monkeypatch, capsys):
+    """Where less than all activations are kept, torch draws them anew (pytorch #190758)."""
+    film, drop = torch.nn.Linear(8, 64), torch.nn.Dropout(.5)
+
+    def block(x, emb):
+        scale, shift = film(emb)[:, None].chunk(2, -1)
+        return drop(x * (1 + scale) + shift)
+    monkeypatch.setattr(torch._functorch.config, "activation_memory_budget", train.memory_budget(torch.nn.ModuleList([film, drop]), -1))
+    x, emb = torch.randn(2, 64, 32, requires_grad=True), torch.randn(2, 8, requires_grad=True)
+    y = torch.compile(block)(x, emb)
+    y.sum().backward()
+    assert torch.equal(x.grad != 0, y != 0) and .3 < (y == 0).float().mean() < .7
+    assert [train.memory_budget(torch.nn.Dropout(p), wanted) for p, wanted in ((0, -1), (0, .3), (.1, -1), (.1, 1))] == [.6, .3, 1, 1]
+    assert "must be 1 where there is dropout" in one_line(capsys, lambda _: train.memory_budget(torch.nn.Dropout(.1), .5), [])
+    monkeypatch.setattr(uvit.UViT, "compile", lambda self, **options: None)
+    for p, budget in (("0.3", 1), ("0", .6)):
+        run_train(tmp_path / p, "--steps", "1", "--compile", "on", "--dropout", p)
+        assert torch._functorch.config.activation_memory_budget == budget
+
+
 def test_accumulation_4_x_2_equals_batch_8(tmp_path, little):
     whole, parts = run_train(tmp_path / "whole", "--steps", "4"), run_train(tmp_path / "parts", "--steps", "4", "--accum", "4")
     assert same_to_rounding(whole, parts)
@@ -2988,10 +3008,13 @@ def test_compiled_samples_are_the_plain_ones(tmp_path, trained_run, monkeypatch)
     asked, honest = [], uvit.UViT.compile
     monkeypatch.setattr(uvit.UViT, "compile", lambda self, **options: asked.append(options) or honest(self, **options))
     monkeypatch.setattr(sampling, "pick_device", lambda: (torch.device("cpu"), False))
+    sizes, draw = [], sampling.sample
+    monkeypatch.setattr(sampling, "sample", lambda *args, **kwargs: sizes.append(len(args[4])) or draw(*args, **kwargs))
     for name, flags in dict(plain=[], fast=["--compile"]).items():
-        sampling.main(["--ckpt", str(trained_run / "model.pt"), "--n", "2", "--steps", "3", "--guidance", "2", "--out", str(tmp_path / name), *flags])
+        sampling.main(["--ckpt", str(trained_run / "model.pt"), "--n", "3", "--batch", "2", "--steps", "3", "--guidance", "2", "--out", str(tmp_path / name), *flags])
     plain, fast = (np.load(tmp_path / name / "samples.npz")["arr_0"].astype(int) for name in ("plain", "fast"))
-    assert np.abs(plain - fast).max() <= 1 and asked == [dict(mode="reduce-overhead")]
+    assert np.abs(plain - fast).max() <= 1 and asked == [dict(mode="reduce-overhead", dynamic=False)]
+    assert sizes == [2, 1, 2, 2]                                # compiled for one size of batch
 
 
 def test_sample_writes_grid_pngs_and_npz_the_same_on_one_rank_or_two(tmp_path, trained_run):

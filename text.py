@@ -74,16 +74,16 @@ class T5Encoder:
         if config.model_type != "t5":
             raise ValueError(f"t5:{name}: is no T5 but a {config.model_type}")
         with torch.device("cpu"):           # whatever the network around it is made on
-            self.encoder, self.width = t5(name, "T5EncoderModel").eval(), config.d_model
+            self.encoder = t5(name, "T5EncoderModel").eval().requires_grad_(False)
+        self.width = config.d_model
 
     def __deepcopy__(self, memo):
         return self
 
     @torch.compiler.disable
-    @torch.no_grad()
     def __call__(self, tokens):
-        said, sequence = self.last
-        if said is None or not torch.equal(said, tokens):       # a sampler says it at each step
+        said, sequence = self.last          # a sampler says it at each step, training never again
+        if torch.is_grad_enabled() or said is None or not torch.equal(said, tokens):
             seen = tokens > 0                                   # T5, too, fills up with 0
             h = self.encoder.to(tokens.device)(input_ids=tokens, attention_mask=seen)
             sequence = (nn.functional.pad(h.last_hidden_state.float(), (0, 0, 1, 0)),

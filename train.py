@@ -87,7 +87,8 @@ class Config:
     out: str = ""               # folder of the run; empty: runs/DATA-RES-MODEL
     compile: str = ""           # on or off; empty: on with CUDA
     bf16: str = ""              # on or off; empty: on where the hardware has it
-    memory_budget: float = 0.6  # share of activations that compiled code keeps; 1: no recomputing
+    memory_budget: float = -1   # share of activations that compiled code keeps; -1: 0.6, all of
+                                # them where there is dropout
     recompute: bool = False     # compute the blocks anew in the backward pass: less memory, slower
     shard: bool = False         # each rank keeps its share of weights, EMA and optimizer (FSDP2)
     workers: int = -1           # processes that load pictures; -1: up to 8 with CUDA, else none
@@ -111,7 +112,7 @@ MAY_CHANGE = {"data", "steps", "accum", "out", "compile", "bf16", "memory_budget
 AT_LEAST = dict(text_length=1, blocks_16=0, batch=0, accum=1, steps=0, lr=0, warmup=0, clip=1e-9,
                 ema=0, seed=0, noise_d=1,
                 drop_label=0, log_every=1, sample_every=0, save_every=1, dropout_res=0, dropout=-1,
-                workers=-1, timeout=0.05, memory_budget=0)
+                workers=-1, timeout=0.05, memory_budget=-1)
 AT_MOST = dict(text_length=4096, blocks_16=1000, batch=1_000_000, steps=99_999_999,
                accum=1_000_000, noise_d=4096,
                seed=2**63 - 2, workers=1024, timeout=10_000, memory_budget=1)
@@ -388,6 +389,19 @@ def restore(file, config, dataset, model, ema, optimizer):
     return step, seconds, skipped
 
 
+def memory_budget(model, wanted):
+    """Share of the activations that compiled code keeps for the backward pass: --memory-budget.
+
+    All of them where there is dropout: else the compiler may draw its masks a second time, other
+    ones, and the gradient is of nothing (pytorch #190758).
+    """
+    drops = any(part.p > 0 for part in model.modules() if isinstance(part, torch.nn.Dropout))
+    if drops and 0 <= wanted < 1:
+        fail(f"--memory-budget {wanted:g}: must be 1 where there is dropout, whose masks compiled "
+             "code would draw anew; --recompute saves memory, too")
+    return 1.0 if drops else 0.6 if wanted < 0 else wanted
+
+
 def announce(config, model, dataset, world, kind, start):
     """Print what is about to happen."""
     height, width = sides(config.res)
@@ -452,10 +466,15 @@ def train(config, rank, world, device, meet, at_exit):
     if not config.shard:                    # shares move there one by one: no GPU has to hold all
         model.to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    torch._functorch.config.activation_memory_budget = config.memory_budget     # read by compile
+    if config.compile == "on":
+        budget = memory_budget(model, config.memory_budget)
+        torch._functorch.config.activation_memory_budget = budget
+        torch._dynamo.config.recompile_limit = 64       # one for each shape of block
+    # Convolutions run channels last: inductor would not on a GPU, where the last one is narrow.
+    compiled = dict(options={"force_layout_optimization": cuda})
     for block in residual_blocks(model):
         if config.compile == "on" and config.shard:     # shares are put together outside of it
-            block.forward = torch.compile(block.forward)
+            block.forward = torch.compile(block.forward, dynamic=False, **compiled)
         if config.recompute:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if config.shard:
@@ -501,9 +520,11 @@ def train(config, rank, world, device, meet, at_exit):
         return
     net = model
     if config.compile == "on" and not config.shard:
-        model.compile()
+        model.compile(**compiled)
     if ddp and not config.shard:
-        net = DDP(model, [device.index] if cuda else None, gradient_as_bucket_view=True)
+        # Compiled code is cut where a bucket is full.
+        net = DDP(model, [device.index] if cuda else None, gradient_as_bucket_view=True,
+                  bucket_cap_mb=200)
 
     if master:
         announce(config, model, dataset, world, device.type, start)

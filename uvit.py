@@ -152,7 +152,7 @@ class Embedding(nn.Module):
 
     def forward(self, logsnr, label, text=None, seen=None):
         # Sinusoids over logsnr with periods from 1 to 100: the schedule spans 30.
-        periods = torch.logspace(0, 2, self.emb // 2, device=logsnr.device)
+        periods = 10 ** torch.linspace(0, 2, self.emb // 2, device=logsnr.device)
         angle = 2 * math.pi * logsnr[:, None] / periods
         h = self.linear_out(F.silu(self.linear_in(torch.cat([angle.sin(), angle.cos()], 1))))
         if self.label is not None:

@@ -40,7 +40,7 @@ from data import Flowers, Pictures, draw_flower
 from loss import diffusion_loss
 from sample import pick_device, picture_noise, sample
 from schedule import logsnr_schedule
-from train import Config, draw_noise
+from train import draw_noise, memory_budget
 from uvit import PRESETS, UViT, residual_blocks
 from wavelet import dwt, idwt
 
@@ -124,15 +124,15 @@ def build(name, how, make=None):
     Compiled code is made at the first call: a next build has to come after that.
     """
     torch.manual_seed(0)
-    budget = Config.memory_budget if how == "compiled" and name.startswith("ours") else 1.0
-    torch._functorch.config.activation_memory_budget = budget
     model = (make or NETS[name])().to(DEVICE)
+    as_trained = how == "compiled" and name.startswith("ours")
+    torch._functorch.config.activation_memory_budget = memory_budget(model, -1) if as_trained else 1
     if how == "compiled, keeps all":        # a copy of its code, else it is served what was compiled
         f = type(model).forward
         copy = FunctionType(f.__code__.replace(co_name="keeps_all"), f.__globals__, None, f.__defaults__)
         model.forward = copy.__get__(model)
     if how.startswith("compiled"):
-        model.compile()
+        model.compile(options={"force_layout_optimization": CUDA and name.startswith("ours")})
     return model
 
 
@@ -486,6 +486,7 @@ def gpu():
         say(f"{name}: {size:.0f} M weights, {work / batch / 1e9:.0f} GFLOP a picture, "
             f"{batch / median(times['step']):.1f} pictures/s, MFU {mfu}")
     model.eval()                            # the last one: ours
+    torch._dynamo.reset()                   # batch 8, not 16: else compiled for any
     plain = lambda z, logsnr, label: model(z, logsnr)
     graphs = torch.compile(plain, mode="reduce-overhead")
     noise = picture_noise(0, range(8), 512, DEVICE)
@@ -502,7 +503,8 @@ def gpu():
     from torch.utils.checkpoint import checkpoint
     for block in residual_blocks(paper):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    paper.compile()
+    torch._functorch.config.activation_memory_budget = memory_budget(paper, -1)
+    paper.compile(options={"force_layout_optimization": True})
     work = 32 * flops(lambda: UViT(512, **PRESETS["paper"]), 512)[0]    # not what is computed twice
     times = in_turn(3, step=training_step(paper, 512, 32), product=matmul)
     say(f"`paper --recompute`, batch 32: {32 / median(times['step']):.1f} pictures/s, MFU (without "
