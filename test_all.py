@@ -2394,6 +2394,14 @@ def test_sharded_ranks_learn_from_captions_what_ddp_learns(tmp_path):
     assert any(name.startswith("text.") for name in shard["model"])
 
 
+@pytest.mark.parametrize("flags", [["--recompute"], ["--shard", "--recompute"]], ids=["ddp", "shard"])
+def test_compiled_ranks_learn_what_plain_ones_learn(tmp_path, flags):
+    two = [*TORCHRUN, "--nproc_per_node=2", "train.py", *SMALL, "--text", "bytes", "--steps", "3"]
+    run_script(*two, "--out", tmp_path / "plain")
+    run_script(*two, *flags, "--compile", "on", "--out", tmp_path / "fast")
+    assert same_to_rounding(last_checkpoint(tmp_path / "plain"), last_checkpoint(tmp_path / "fast"))
+
+
 def test_sharded_ranks_learn_what_ddp_learns_and_their_checkpoint_is_a_bare_whole_one(tmp_path, capsys):
     flags = ["train.py", *SMALL, "--save-every", "1", "--drop-label", ".5", "--steps"]
     two = [*TORCHRUN, "--nproc_per_node=2", *flags]
