@@ -400,7 +400,8 @@ def main(argv=None):
                 shots.append((z[:1].cpu(), x_hat[:1].cpu()))
 
         # Compiled code is for one size of batch: the last is filled up, which zip leaves out again.
-        filled = range(indices[0], indices[0] + args.batch) if args.compile else indices
+        size = min(args.batch, args.n) if args.compile else len(indices)
+        filled = range(indices[0], indices[0] + size)
         label = torch.stack([wanted[i % len(wanted)] for i in filled]).to(device)
         noise = picture_noise(args.seed, filled, config["res"], device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):

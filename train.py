@@ -87,8 +87,7 @@ class Config:
     out: str = ""               # folder of the run; empty: runs/DATA-RES-MODEL
     compile: str = ""           # on or off; empty: on with CUDA
     bf16: str = ""              # on or off; empty: on where the hardware has it
-    memory_budget: float = -1   # share of activations that compiled code keeps; -1: 0.6, all of
-                                # them where there is dropout
+    memory_budget: float = -1   # share of activations compiled code keeps; -1: .6, 1 with dropout
     recompute: bool = False     # compute the blocks anew in the backward pass: less memory, slower
     shard: bool = False         # each rank keeps its share of weights, EMA and optimizer (FSDP2)
     workers: int = -1           # processes that load pictures; -1: up to 8 with CUDA, else none
@@ -160,6 +159,8 @@ def parse_config(argv=None):
     for name in ("ema", "dropout", "drop_label"):
         if getattr(config, name) >= 1 or -1 < getattr(config, name) < 0:
             fail(f"--{name.replace('_', '-')} {getattr(config, name)}: must be from 0 to below 1")
+    if -1 < config.memory_budget < 0:
+        fail(f"--memory-budget {config.memory_budget}: must be from 0 to 1, or -1")
     folder = Path(config.out).parent
     if config.out and folder != Path("runs") and not os.path.isdir(folder):     # as by default
         fail(f"--out {config.out}: the folder it is to be in does not exist; make that first")
@@ -389,6 +390,14 @@ def restore(file, config, dataset, model, ema, optimizer):
     return step, seconds, skipped
 
 
+def compile_options(device):
+    """Of torch.compile: convolutions run channels last on a GPU, too, where inductor would not if
+    one of them is narrow, as the last one is; dropout is drawn by torch's kernel, since that of
+    inductor may repeat its masks (pytorch #198333).
+    """
+    return {"force_layout_optimization": device.type == "cuda", "fallback_random": True}
+
+
 def memory_budget(model, wanted):
     """Share of the activations that compiled code keeps for the backward pass: --memory-budget.
 
@@ -470,11 +479,10 @@ def train(config, rank, world, device, meet, at_exit):
         budget = memory_budget(model, config.memory_budget)
         torch._functorch.config.activation_memory_budget = budget
         torch._dynamo.config.recompile_limit = 64       # one for each shape of block
-    # Convolutions run channels last: inductor would not on a GPU, where the last one is narrow.
-    compiled = dict(options={"force_layout_optimization": cuda})
+    options = compile_options(device)
     for block in residual_blocks(model):
         if config.compile == "on" and config.shard:     # shares are put together outside of it
-            block.forward = torch.compile(block.forward, dynamic=False, **compiled)
+            block.forward = torch.compile(block.forward, dynamic=False, options=options)
         if config.recompute:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if config.shard:
@@ -520,11 +528,11 @@ def train(config, rank, world, device, meet, at_exit):
         return
     net = model
     if config.compile == "on" and not config.shard:
-        model.compile(**compiled)
+        model.compile(options=options)
     if ddp and not config.shard:
-        # Compiled code is cut where a bucket is full.
+        # Compiled code is cut where a bucket (25 MB if None) is full: `base` into 8, not 55.
         net = DDP(model, [device.index] if cuda else None, gradient_as_bucket_view=True,
-                  bucket_cap_mb=200)
+                  bucket_cap_mb=200 if config.compile == "on" else None)
 
     if master:
         announce(config, model, dataset, world, device.type, start)

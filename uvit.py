@@ -151,7 +151,7 @@ class Embedding(nn.Module):
         self.text = nn.Sequential(nn.LayerNorm(text), nn.Linear(text, emb)) if text else None
 
     def forward(self, logsnr, label, text=None, seen=None):
-        # Sinusoids over logsnr with periods from 1 to 100: the schedule spans 30.
+        # Sinusoids over logsnr, which spans 30, of periods from 1 to 100 (MPS has no logspace).
         periods = 10 ** torch.linspace(0, 2, self.emb // 2, device=logsnr.device)
         angle = 2 * math.pi * logsnr[:, None] / periods
         h = self.linear_out(F.silu(self.linear_in(torch.cat([angle.sin(), angle.cos()], 1))))

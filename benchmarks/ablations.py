@@ -19,8 +19,8 @@ are at least as wide as the wavelet has channels (48 at 288, 192 at 576), not on
     petals, asymmetry, distance     benchmarks/score.py, of samples by class without guidance,
                         averaged
     detail              the same, of samples as they are
-    speed               pictures/s of 40 steps, rows in turns, three rounds, nothing beside them
-                        (patch, blocks)
+    speed               pictures/s of 40 steps, loading included, over those of the first row; all
+                        rows in turns, three rounds, each time that the command ends (patch, blocks)
 """
 import json
 import math
@@ -199,7 +199,7 @@ def fit(finding, res, name, seed, args, steps, out):
 
 
 def pace(finding, res, name, args):
-    """Pictures/s of one row in steps 21 to 60 of its training, on all cores."""
+    """Pictures/s of one row in steps 21 to 60 of its training, on all cores: mean of two halves."""
     torch.set_num_threads(os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as out:
         fit(finding, res, name, 0, args, 60, Path(out))
@@ -292,7 +292,8 @@ def table(finding, sizes, rows, args, speeds):
              f"{args.lr:g}, seeds 0 to {args.seeds - 1}: mean ± standard deviation of the seeds. "
              f"{args.samples} samples each, {args.sample_steps} ancestral steps, no guidance; "
              "scored, but for detail, after averaging to below 64. An asymmetry of 1.41 (root of "
-             "2) is that of noise.", "",
+             "2) is that of noise." + " Speed: 40 steps, loading included, rows in turns, mean ± "
+             "standard deviation of three rounds." * ("speed" in metrics), "",
              f"| size | row | {heads} |", "|-" * (2 + len(metrics)) + "|"]
     scores = {(res, name): [json.loads((folder(finding, res, name, seed, args)
                                         / "scores.json").read_text()) for seed in range(args.seeds)]

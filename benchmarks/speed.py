@@ -40,7 +40,7 @@ from data import Flowers, Pictures, draw_flower
 from loss import diffusion_loss
 from sample import pick_device, picture_noise, sample
 from schedule import logsnr_schedule
-from train import draw_noise, memory_budget
+from train import compile_options, draw_noise, memory_budget
 from uvit import PRESETS, UViT, residual_blocks
 from wavelet import dwt, idwt
 
@@ -132,7 +132,7 @@ def build(name, how, make=None):
         copy = FunctionType(f.__code__.replace(co_name="keeps_all"), f.__globals__, None, f.__defaults__)
         model.forward = copy.__get__(model)
     if how.startswith("compiled"):
-        model.compile(options={"force_layout_optimization": CUDA and name.startswith("ours")})
+        model.compile(options=compile_options(DEVICE) if name.startswith("ours") else None)
     return model
 
 
@@ -504,7 +504,7 @@ def gpu():
     for block in residual_blocks(paper):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     torch._functorch.config.activation_memory_budget = memory_budget(paper, -1)
-    paper.compile(options={"force_layout_optimization": True})
+    paper.compile(options=compile_options(DEVICE))
     work = 32 * flops(lambda: UViT(512, **PRESETS["paper"]), 512)[0]    # not what is computed twice
     times = in_turn(3, step=training_step(paper, 512, 32), product=matmul)
     say(f"`paper --recompute`, batch 32: {32 / median(times['step']):.1f} pictures/s, MFU (without "
