@@ -3213,7 +3213,7 @@ def test_sample_takes_the_newest_run(tmp_path, trained_run, monkeypatch, capsys)
 
 def test_every_flag_in_the_readme_exists():
     known = {"--nproc_per_node", "--nnodes", "--node-rank", "--master-addr", "--max-restarts", "--signals-to-handle",
-             "--shutdown-timeout"}          # torchrun's
+             "--shutdown-timeout", "--shm-size"}    # torchrun's, Docker's
     for script in ("train.py", "sample.py", "benchmarks/score.py", "benchmarks/ablations.py", "benchmarks/arguments.py"):
         known |= set(re.findall(r"--[a-z0-9-]+", run_script(*PYTHON, script, "--help")))
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", (HERE / "README.md").read_text()))
