@@ -204,6 +204,15 @@ def pick_device():
     return torch.device("cpu"), torch.cpu._is_avx512_bf16_supported()
 
 
+def check_compiler(device, instead):
+    """Fail, with a line, where torch.compile finds no compiler; `instead` does without."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(4, device=device))
+    except Exception as error:              # of another kind on each platform
+        why = str(error).splitlines()[0]
+        fail(f"--compile: no compiler works here ({why}); {instead} does without", 1)
+
+
 def network(config, classes):
     """The network that a configuration (a dict) names, for this many classes."""
     shape, dial = dict(PRESETS[config["model"]]), config["blocks_16"]
@@ -367,6 +376,7 @@ def main(argv=None):
     except ValueError as error:
         fail(f"--ckpt {error}")
     if args.compile:
+        check_compiler(device, "the same command without --compile")
         model.compile(mode="reduce-overhead", dynamic=False)
     config, classes = saved["config"], saved["classes"]
     schedule = args.schedule or config["schedule"]

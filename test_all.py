@@ -1529,6 +1529,7 @@ def test_ablations_speed_is_over_that_of_the_first_row(tmp_path, monkeypatch):
             out.mkdir(parents=True)
             (out / "scores.json").write_text(json.dumps(dict.fromkeys(ablations.METRICS, int(name) + seed) | dict(errors=[[0] * 5] * 2)))
     page = ablations.table("blocks", [16], rows, args, {(16, "1"): [1, 1, 1], (16, "8"): [.5, .6, .7]})
+    assert "| 9.00 ± 1.00 | 0.60 ± 0.10 |" in page and "| 2.00 ± 1.00 | 1.00 ± 0.00 |" in page     # FLOPs, speed
     monkeypatch.setattr(ablations, "HERE", tmp_path)
     monkeypatch.setattr(ablations, "cell", lambda *row: None)
     monkeypatch.setattr(ablations, "pictures", lambda *row: "")
@@ -1536,7 +1537,6 @@ def test_ablations_speed_is_over_that_of_the_first_row(tmp_path, monkeypatch):
     ablations.main("--finding blocks --sizes 16 --rows 1 8 --steps 2 --batch 2 --samples 10 --sample-steps 10 --out".split() + [str(args.out)])
     speeds = [1 / 4, 3 / 8, 5 / 12]                             # three rounds
     assert f"| 9.00 ± 1.00 | {np.mean(speeds):.2f} ± {np.std(speeds, ddof=1):.2f} |" in (tmp_path / "RESULTS.md").read_text()
-    assert "| 9.00 ± 1.00 | 0.60 ± 0.10 |" in page and "| 2.00 ± 1.00 | 1.00 ± 0.00 |" in page     # FLOPs, speed
 
 
 def test_ablations_that_cannot_run_end_with_a_line(tmp_path, capsys):
@@ -2537,6 +2537,14 @@ def test_compiled_dropout_has_the_same_masks_in_the_backward_pass(tmp_path, litt
     for p, budget in (("0.3", 1), ("0", .6)):
         run_train(tmp_path / p, "--steps", "1", "--compile", "on", "--dropout", p)
         assert torch._functorch.config.activation_memory_budget == budget
+
+
+def test_no_compiler_is_one_line(tmp_path, trained_run):
+    nothing = dict(CXX=str(tmp_path / "no"), CC=str(tmp_path / "no"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    for command in (["train.py", *SMALL, "--steps", "1", "--compile", "on"], ["sample.py", "--ckpt", trained_run / "model.pt", "--compile"]):
+        run = subprocess.run([*PYTHON, *map(str, command), "--out", str(tmp_path / "out")], cwd=HERE, env=os.environ | nothing, capture_output=True, text=True)
+        assert run.returncode == 1 and re.fullmatch(r"--compile: no compiler works here \(.*\); .* does without\n", run.stderr), run.stderr
+        assert not (tmp_path / "out").exists()
 
 
 def test_accumulation_4_x_2_equals_batch_8(tmp_path, little):

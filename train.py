@@ -41,8 +41,8 @@ from tqdm import tqdm
 from checkpoint import FORMAT, append, carry_over, lock, read, trim, write
 from data import Flowers, Pictures, printable
 from loss import diffusion_loss
-from sample import (DROPOUT, TRAINING, Parser, Steady, fail, grid, load_model, network, number,
-                    pick_device, picture_noise, sample, seed_of, to_uint8, whole)
+from sample import (DROPOUT, TRAINING, Parser, Steady, check_compiler, fail, grid, load_model,
+                    network, number, pick_device, picture_noise, sample, seed_of, to_uint8, whole)
 from schedule import SCHEDULES, logsnr_schedule, side, sides
 from text import tokenizer, unconditional
 from uvit import PRESETS, residual_blocks, unet_levels, wavelet_levels
@@ -279,6 +279,8 @@ def main(argv=None):
         fail("--shard: shares the model among ranks, which torchrun starts: see the README")
     config.bf16 = config.bf16 or ("on" if has_bf16 else "off")
     config.compile = config.compile or ("on" if device.type == "cuda" else "off")
+    if config.compile == "on":
+        check_compiler(device, "--compile off")
     with ExitStack() as at_exit:
         if "RANK" not in os.environ:
             return train(config, 0, 1, device, None, at_exit)
@@ -530,9 +532,7 @@ def train(config, rank, world, device, meet, at_exit):
     if config.compile == "on" and not config.shard:
         model.compile(options=options)
     if ddp and not config.shard:
-        # Compiled code is cut where a bucket (25 MB if None) is full: `base` into 8, not 55.
-        net = DDP(model, [device.index] if cuda else None, gradient_as_bucket_view=True,
-                  bucket_cap_mb=200 if config.compile == "on" else None)
+        net = DDP(model, [device.index] if cuda else None, gradient_as_bucket_view=True)
 
     if master:
         announce(config, model, dataset, world, device.type, start)

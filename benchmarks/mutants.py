@@ -196,6 +196,8 @@ SURVIVAL_MUTANTS = [
     ("train.py", "            block.forward = partial(checkpoint, block.forward, use_reentrant=False)", "            pass", "recompute"),
     ("train.py", "activation_memory_budget = budget", "activation_memory_budget = 1", "keeps_a_share"),
     ("train.py", "return 1.0 if drops else", "return", "same_masks"),
+    ("train.py", "        check_compiler(device, \"--compile off\")\n", "        pass\n", "no_compiler"),
+    ("sample.py", "        check_compiler(device, \"the same command without --compile\")\n", "        pass\n", "no_compiler"),
     ("train.py", "\"fallback_random\": True", "\"fallback_random\": False", "compiled_ranks"),
     ("sample.py", "min(args.batch, args.n) if", "args.batch if", "compiled_samples"),
     ("sample.py", "if args.compile else len(indices)", "if False else len(indices)", "compiled_samples"),
