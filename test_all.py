@@ -722,7 +722,7 @@ def test_positions_may_start_as_waves_of_periods_from_2_tokens_to_twice_the_side
         for y, x in [(0, 0), (1, 3), (H - 1, W - 2)]:
             expected = [f(2 * math.pi * at / periods[i]) / 2 for at in (y, x) for f in (math.sin, math.cos)]
             np.testing.assert_allclose(position[i::16, y, x], expected, atol=1e-4)
-    assert [name for name, row in uvit.PRESETS.items() if row["start"] == "waves"] == ["tiny"]
+    assert [name for name, row in uvit.PRESETS.items() if row["start"] == "waves"] == ["tiny", "mini"]
 
 
 def test_down_is_average_pool_and_up_is_nearest():
@@ -735,7 +735,7 @@ def test_down_is_average_pool_and_up_is_nearest():
     assert torch.equal(up[..., ::2, ::2], up[..., 1::2, 1::2]) and up.shape == (1, 32, 4, 4)
 
 
-PARAMETERS = {"tiny": 2.6, "small": 48.6, "base": 360.6, "paper": 2455.8}       # millions: the README's table
+PARAMETERS = {"tiny": 2.6, "mini": 7.5, "small": 48.6, "base": 360.6, "paper": 2455.8}       # millions: the README's table
 
 
 @pytest.mark.parametrize("name", uvit.PRESETS)

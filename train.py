@@ -59,7 +59,7 @@ class Config:
     text: str = ""              # bytes, or t5:NAME, a T5 that transformers finds; empty: classes
     text_length: int = 128      # tokens of a caption, the rest of it is cut off
     # Network (uvit.py)
-    model: str = ""             # tiny, small, base, paper; empty (res): tiny to 64, base above
+    model: str = ""             # tiny, mini, small, base, paper; empty (res): tiny, base over 64
     net: str = "uvit"           # uvit or unet
     blocks_16: int = 0          # blocks at 16 x 16, the dial of the size; 0: the model's own
     skips: str = "block"        # of the U-ViT: one a block, or one a level (SiD2, not in the paper)
@@ -100,6 +100,7 @@ class Config:
 
 DEFAULTS = {    # `paper` is the paper's; the others are ours, for smaller machines
     "tiny":  dict(batch=32,   steps=1_500,   lr=2e-3, warmup=100),
+    "mini":  dict(batch=64,   steps=25_000,  lr=1e-3, warmup=500),
     "small": dict(batch=64,   steps=50_000,  lr=4e-4, warmup=1_000),
     "base":  dict(batch=256,  steps=300_000, lr=2e-4, warmup=5_000),
     "paper": dict(batch=2048, steps=500_000, lr=1e-4, warmup=10_000),
