@@ -3139,7 +3139,7 @@ def test_wrong_call_of_sample_is_one_line_and_exit_code_2(tmp_path, trained_run,
 def test_sample_without_a_run_draws_with_the_released_weights(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["--prompt", "a red flower with five petals", "--guidance", "3"]
-    for flags, name, size in (["--n", "1"], "flowers", 144), (words, "words", 40):
+    for flags, name, size in (["--n", "1"], "flowers", 128), (words, "words", 40):
         sampling.main([*flags, "--steps", "1"])
         assert f"assets/{name}.pt" in capsys.readouterr().out and Image.open("samples/000000.png").size == (size, size)
         assert (HERE / f"assets/{name}.pt").stat().st_size <= 16e6
@@ -3256,4 +3256,4 @@ def test_python_of_the_readme_draws_pictures(monkeypatch):
     assert code.count(", 128, ") == 1
     exec(code.replace(", 128, ", ", 4, "), found := {})
     x = found["x"]
-    assert x.shape == (4, 3, 144, 144) and x.abs().max() <= 1 and .05 < x.std() < .9 and not torch.equal(x[0], x[1])
+    assert x.shape == (4, 3, 128, 128) and x.abs().max() <= 1 and .05 < x.std() < .9 and not torch.equal(x[0], x[1])

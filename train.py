@@ -100,7 +100,7 @@ class Config:
 
 DEFAULTS = {    # `paper` is the paper's; the others are ours, for smaller machines
     "tiny":  dict(batch=32,   steps=1_500,   lr=2e-3, warmup=100),
-    "mini":  dict(batch=64,   steps=25_000,  lr=1e-3, warmup=500),
+    "mini":  dict(batch=128,  steps=10_000,  lr=8e-4, warmup=200),
     "small": dict(batch=64,   steps=50_000,  lr=4e-4, warmup=1_000),
     "base":  dict(batch=256,  steps=300_000, lr=2e-4, warmup=5_000),
     "paper": dict(batch=2048, steps=500_000, lr=1e-4, warmup=10_000),
