@@ -1319,6 +1319,11 @@ def test_score_asks_for_200_new_flowers_and_says_how_often_pictures_are_what_pro
     score.main([str(tmp_path), "--classes"])
     said = capsys.readouterr().out
     assert f"| {tmp_path} | 4 | 75.0% | |" in said.replace("  ", " ") and "petals: 3 100%, 4 0%, 5 100%, 6 100%\n" in said and "by colour" not in said
+    assert "| real flowers | 200 |" in said
+    for i in range(201):                                                        # as many real flowers as samples, if that is more
+        Image.fromarray((picture * 255).astype(np.uint8)).save(tmp_path / f"{i:06d}.png")
+    score.main([str(tmp_path)])
+    assert "| real flowers | 201 |" in capsys.readouterr().out
     assert "not allowed with" in one_line(capsys, score.main, ["--classes", "--prompts", "x"])
 
 
@@ -3147,7 +3152,7 @@ def test_sample_without_a_run_draws_with_the_released_weights(tmp_path, monkeypa
 
 @torch.no_grad()
 def test_released_flowers_know_their_class():
-    """assets/flowers.pt on 40 flowers it has not seen: the right class helps."""
+    """assets/flowers.pt on 40 flowers it has not seen: the right class helps. Bounds that its own first go fails."""
     model, saved = sampling.load_model(HERE / "assets" / "flowers.pt", "cpu")
     assert {weights.dtype for weights in saved["ema"].values()} == {torch.bfloat16} and saved["config"]["out"] == ""
     fresh = data.Flowers(saved["config"]["res"], 12345)
@@ -3157,7 +3162,7 @@ def test_released_flowers_know_their_class():
     z = alpha * x + sigma * eps
     right, wrong = ((losses.x_from_v(z, model(z, logsnr, asked), alpha, sigma) - x).square().mean()
                     for asked in (label[:, 0], (label[:, 0] + 5) % 10))
-    assert right < .05 and wrong > 1.1 * right, (right, wrong)
+    assert right < .0165 and wrong > 2.5 * right, (right, wrong)
 
 
 def test_sample_killed_half_way_goes_on_to_the_same_pictures(tmp_path, trained_run, monkeypatch, capsys):

@@ -59,7 +59,7 @@ class Config:
     text: str = ""              # bytes, or t5:NAME, a T5 that transformers finds; empty: classes
     text_length: int = 128      # tokens of a caption, the rest of it is cut off
     # Network (uvit.py)
-    model: str = ""             # tiny, mini, small, base, paper; empty (res): tiny, base over 64
+    model: str = ""             # tiny, mini, small, base, paper; empty (res): tiny; over 64 base
     net: str = "uvit"           # uvit or unet
     blocks_16: int = 0          # blocks at 16 x 16, the dial of the size; 0: the model's own
     skips: str = "block"        # of the U-ViT: one a block, or one a level (SiD2, not in the paper)

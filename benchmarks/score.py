@@ -309,7 +309,7 @@ def main(argv=None):
     if args.prompts and not wanted:
         fail(f"--prompts {args.prompts}: holds no line")
     size = "{}x{}".format(*x.shape[2:])
-    true, true_petals, true_colour = real(500, size)
+    true, true_petals, true_colour = real(max(200, len(x)), size)
     truth, _, _ = real(500, size, seed=7)
     as_many, _, _ = real(len(x), size)              # the distance depends on how many there are
     found = score(x)
