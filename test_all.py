@@ -2938,7 +2938,7 @@ WRONG = [       # flags of train.py, and what the one line must say: argument, v
     ("--text bytes --data {tmp}/few --batch 2", "--data .*few: no picture has a caption, a .txt beside it"),
     ("--blocks-16 -1", "--blocks-16 -1: must be at least 0"),
     ("--reso 64", "--reso: no such argument, --res is one"), ("flowers", "flowers: no such argument, .* is one"), ("--batch 99999999", "--batch 99999999: must be at most 1000000"),
-    ("--model huge", "--model huge: must be one of tiny, small, base, paper"), ("--patch haar", "--patch haar: must be one of dwt"),
+    ("--model huge", "--model huge: must be one of tiny, mini, small, base, paper"), ("--patch haar", "--patch haar: must be one of dwt"),
     ("--schedule linear", "--schedule linear: must be one of cosine"), ("--loss l1", "--loss l1: must be one of eps"),
     ("--multiscale maybe", "--multiscale maybe: must be one of on, off"), ("--bf16 yes", "--bf16 yes: must be one of on, off"),
     ("--batch 9 --accum 2", "--batch 9: must be a multiple of 2"), ("--batch -8", "--batch -8: must be at least 0"),
@@ -3258,7 +3258,7 @@ def test_python_of_the_readme_draws_pictures(monkeypatch):
     """As it stands there, but for the number of steps."""
     monkeypatch.chdir(HERE)
     (code,) = re.findall(r"^```python\n(.*?)^```", (HERE / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    assert code.count(", 128, ") == 1
-    exec(code.replace(", 128, ", ", 4, "), found := {})
+    assert code.count("noise, 128, ") == 1
+    exec(code.replace("noise, 128, ", "noise, 4, "), found := {})
     x = found["x"]
     assert x.shape == (4, 3, 128, 128) and x.abs().max() <= 1 and .05 < x.std() < .9 and not torch.equal(x[0], x[1])
