@@ -311,7 +311,7 @@ def main(argv=None):
     size = "{}x{}".format(*x.shape[2:])
     true, true_petals, true_colour = real(max(200, len(x)), size)
     truth, _, _ = real(500, size, seed=7)
-    as_many, _, _ = real(len(x), size)              # the distance depends on how many there are
+    as_many = true[:len(x)]                         # the distance depends on how many there are
     found = score(x)
     colour, petals = zip(*[wanted[i % len(wanted)] for i in range(len(x))]) if wanted else ([], [])
     rows = [f"| {args.folder} {summary(found, petals, colour)}",
