@@ -122,7 +122,7 @@ CHECKPOINTS = "ckpt-" + 8 * "[0-9]" + ".pt"
 NOISE_LEVELS = 8                # times at which the loss by noise level is measured
 REPORT_STEPS = 50               # network calls for a picture of the grid
 EXPECT = """What to expect of flowers at 64 x 64: a loss of 0.25 at the start, 0.05 at step 250 (the
-grid shows coloured blobs), 0.03 at step 1,500 (flowers with petals, still soft at the edges).
+grid shows coloured blobs), 0.03 at step 1,500 (flowers with petals, still ragged at the edges).
 The 1,500 steps took 15.5 minutes on two CPU cores."""
 
 
