@@ -1535,6 +1535,16 @@ def test_ablations_speed_is_over_that_of_the_first_row(tmp_path, monkeypatch):
             (out / "scores.json").write_text(json.dumps(dict.fromkeys(ablations.METRICS, int(name) + seed) | dict(errors=[[0] * 5] * 2)))
     page = ablations.table("blocks", [16], rows, args, {(16, "1"): [1, 1, 1], (16, "8"): [.5, .6, .7]})
     assert "| 9.00 ± 1.00 | 0.60 ± 0.10 |" in page and "| 2.00 ± 1.00 | 1.00 ± 0.00 |" in page     # FLOPs, speed
+    for name, at in {"1": (5, 7, 6), "8": (4, 2, 2)}.items():   # at 24 the gaps are 1, 5 and 4; at 16 -7, -7 and -7
+        for seed in range(3):
+            out = ablations.folder("blocks", 24, name, seed, args)
+            out.mkdir(parents=True)
+            (out / "scores.json").write_text(json.dumps(dict.fromkeys(ablations.METRICS, at[seed]) | dict(errors=[[0] * 5] * 2)))
+    speeds = {(res, name): [1] for res in sizes for name in rows}
+    page = ablations.table("blocks", sizes, rows, args, speeds)
+    assert "| 16 | 8 | -7.0000 ± 0.0000 |" in page and "| 24 | 8 | +3.3333 ± 2.0817 |" in page and "| 16 to 24 | 8 | +10.3333 ± 2.0817 |" in page
+    assert "With 3 seeds a gap is told from none (5%, t test) from 2.5 deviations on" in page           # t of two degrees, 4.303, over the root of 3
+    assert " to " not in ablations.table("blocks", [24], rows, args, speeds).split("| size |")[2]
     monkeypatch.setattr(ablations, "HERE", tmp_path)
     monkeypatch.setattr(ablations, "cell", lambda *row: None)
     monkeypatch.setattr(ablations, "pictures", lambda *row: "")

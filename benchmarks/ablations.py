@@ -57,6 +57,7 @@ ONLY = dict(seen=("dropout",), flops=("patch", "blocks"), speed=("patch", "block
 UNITS = dict(structure="structure, rms", full="full, rms", seen="seen, rms", petals="petals right",
              flops="GFLOPs a picture, forward", speed="speed of training, first row 1")
 COMPARED = "structure", "full", "asymmetry", "distance", "detail"
+T_LIMITS = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36}     # 5%, two sides
 
 
 # ---------------------------------------------------------------------------- beyond the flags
@@ -315,18 +316,24 @@ def table(finding, sizes, rows, args, speeds):
     first = next(iter(FINDINGS[finding][2]))
     others = [name for name in rows if name != first] * (first in rows)
     if others:
+        told = rise = ""
+        if args.seeds > 1:
+            told = (f" With {args.seeds} seeds a gap is told from none (5%, t test) from "
+                    f"{T_LIMITS.get(args.seeds - 1, 2) / args.seeds**.5:.1f} deviations on.")
+        if len(sizes) > 1:
+            rise = f" {sizes[0]} to {sizes[1]}: the gap at {sizes[1]} less that at {sizes[0]}."
         lines += ["", f"Less than {first} by, mean ± standard deviation of the gaps of each seed "
-                  "(same pictures, same noise). With three seeds a gap is told from none (5%, t "
-                  "test) from 2.5 deviations on; of detail 1 is best:", "",
+                  f"(same pictures, same noise); of detail 1 is best.{told}{rise}", "",
                   f"| size | row | {' | '.join(COMPARED)} |", "|-" * (2 + len(COMPARED)) + "|"]
-    for res in sizes:
-        for name in others:
-            said = []
-            for m in COMPARED:
-                gaps = [a[m] - b[m] for a, b in zip(scores[res, first], scores[res, name])]
-                said.append(f"{np.mean(gaps):+.4f}"
-                            + (f" ± {np.std(gaps, ddof=1):.4f}" if len(gaps) > 1 else ""))
-            lines.append(f"| {res} | {name} | {' | '.join(said)} |")
+        gaps = {(res, name): np.array([[a[m] - b[m] for m in COMPARED] for a, b in
+                                       zip(scores[res, first], scores[res, name])])
+                for res in sizes for name in others}
+        rises = {(f"{small} to {large}", name): gaps[large, name] - gaps[small, name]
+                 for i, large in enumerate(sizes) for small in sizes[:i] for name in others}
+        for (where, name), found in (gaps | rises).items():
+            said = [f"{g.mean():+.4f}" + (f" ± {g.std(ddof=1):.4f}" if len(g) > 1 else "")
+                    for g in found.T]
+            lines.append(f"| {where} | {name} | {' | '.join(said)} |")
     lines += ["", "The rms error of x_hat, averaged and (as it is), by the logsnr of the averaged "
               "picture, mean over the seeds:", "",
               f"| size | row | {' | '.join(f'{level:g}' for level in LEVELS)} |", "|-" * 7 + "|"]
