@@ -1535,16 +1535,25 @@ def test_ablations_speed_is_over_that_of_the_first_row(tmp_path, monkeypatch):
             (out / "scores.json").write_text(json.dumps(dict.fromkeys(ablations.METRICS, int(name) + seed) | dict(errors=[[0] * 5] * 2)))
     page = ablations.table("blocks", [16], rows, args, {(16, "1"): [1, 1, 1], (16, "8"): [.5, .6, .7]})
     assert "| 9.00 ± 1.00 | 0.60 ± 0.10 |" in page and "| 2.00 ± 1.00 | 1.00 ± 0.00 |" in page     # FLOPs, speed
-    for name, at in {"1": (5, 7, 6), "8": (4, 2, 2)}.items():   # at 24 the gaps are 1, 5 and 4; at 16 -7, -7 and -7
-        for seed in range(3):
-            out = ablations.folder("blocks", 24, name, seed, args)
+    for res, name, at in (24, "1", (5, 7, 6)), (24, "8", (4, 2, 2)), (32, "1", (9, 9, 9)), (32, "8", (7, 5, 0)):
+        for seed in range(3):                                   # gaps: at 16 three of -7, at 24 1, 5 and 4, at 32 2, 4 and 9
+            out = ablations.folder("blocks", res, name, seed, args)
             out.mkdir(parents=True)
             (out / "scores.json").write_text(json.dumps(dict.fromkeys(ablations.METRICS, at[seed]) | dict(errors=[[0] * 5] * 2)))
-    speeds = {(res, name): [1] for res in sizes for name in rows}
-    page = ablations.table("blocks", sizes, rows, args, speeds)
-    assert "| 16 | 8 | -7.0000 ± 0.0000 |" in page and "| 24 | 8 | +3.3333 ± 2.0817 |" in page and "| 16 to 24 | 8 | +10.3333 ± 2.0817 |" in page
-    assert "With 3 seeds a gap is told from none (5%, t test) from 2.5 deviations on" in page           # t of two degrees, 4.303, over the root of 3
-    assert " to " not in ablations.table("blocks", [24], rows, args, speeds).split("| size |")[2]
+
+    def gaps(sizes, seeds):
+        args.seeds = seeds
+        page = ablations.table("blocks", sizes, rows, args, {(res, name): [1] for res in sizes for name in rows})
+        return page[page.index("Less than 1 by"):page.index("The rms error")]
+    said = gaps([16, 24, 32], 3)
+    assert "| 16 | 8 | -7.0000 ± 0.0000 |" in said and "| 24 | 8 | +3.3333 ± 2.0817 |" in said and "| 32 | 8 | +5.0000 ± 3.6056 |" in said
+    assert "| 16 to 24 | 8 | +10.3333 ± 2.0817 |" in said and "| 16 to 32 | 8 | +12.0000 ± 3.6056 |" in said
+    assert "| 24 to 32 | 8 | +1.6667 ± 3.0551 |" in said        # of 1, -1 and 5: seed by seed
+    assert "With 3 seeds a gap is told from none (5%, t test) from 2.48 deviations on" in said      # t of two degrees, 4.303, over the root of 3
+    assert "16 to 24: the gap at 24 less that at 16." in said and " to " not in gaps([24], 3)
+    assert "With 2 seeds a gap is told from none (5%, t test) from 8.98 deviations on" in gaps([24], 2)
+    assert "| 24 | 8 | +1.0000 |" in gaps([24], 1) and "With" not in gaps([24], 1)
+    args.seeds = 3
     monkeypatch.setattr(ablations, "HERE", tmp_path)
     monkeypatch.setattr(ablations, "cell", lambda *row: None)
     monkeypatch.setattr(ablations, "pictures", lambda *row: "")
