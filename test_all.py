@@ -1489,7 +1489,7 @@ def test_ablations_train_score_and_write_a_table_and_go_on(tmp_path, monkeypatch
     small, full = np.mean([scores["on", seed]["errors"] for seed in (0, 1)], 0)
     assert f"| 64 | on | {small[0]:.3f} ({full[0]:.3f}) | {small[1]:.3f} ({full[1]:.3f}) |" in page
     gap = np.mean([scores["off", seed]["errors"][0][0] - scores["on", seed]["errors"][0][0] for seed in (0, 1)])
-    assert f"| 64 | less than off by | {gap:+.3f} ± " in page
+    assert f"| 64 | on: less than off by | {gap:+.3f} ± " in page
     assert Image.open(tmp_path / "multiscale-tiny-64-2x2-2-seeds.png").size[0] > 720
     assert "](multiscale-tiny-64-2x2-2-seeds.png)" in page
     when = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("*.*") if file.suffix in (".pt", ".json")}
@@ -1502,6 +1502,41 @@ def test_ablations_train_score_and_write_a_table_and_go_on(tmp_path, monkeypatch
     assert Image.open(tmp_path / "multiscale-tiny-64-on-2x2-2-seeds.png")
     ablations.main([*flags, "--rows", "on", "off"])             # the finding's order
     assert (tmp_path / "RESULTS.md").read_text() == after
+
+
+def put_scores(ablations, args, scores):
+    """{(size, row): a number a seed, in place of every score} -> the files of their runs."""
+    for (res, name), numbers in scores.items():
+        for seed, number in enumerate(numbers):
+            out = ablations.folder("blocks", res, name, seed, args)
+            out.mkdir(parents=True)
+            errors = [[number] * 5, [2 * number] * 5]           # averaged, and as it is
+            (out / "scores.json").write_text(json.dumps(dict.fromkeys(ablations.METRICS, number) | dict(errors=errors)))
+
+
+def test_ablations_gaps_and_how_they_grow_are_seed_by_seed(tmp_path):
+    ablations = ablations_module()
+    args = argparse.Namespace(model="tiny", batch=2, lr=1e-3, steps=2, samples=10, sample_steps=10, out=tmp_path)
+    put_scores(ablations, args, {(16, "1"): [1, 2, 3], (16, "8"): [8, 9, 10], (24, "1"): [5, 7, 6], (24, "8"): [4, 2, 2],
+                                 (32, "1"): [9, 9, 9], (32, "8"): [7, 5, 0]})   # gaps: at 16 three of -7, at 24 1, 5 and 4, at 32 2, 4 and 9
+
+    def told(sizes, seeds):
+        args.seeds = seeds
+        page = ablations.table("blocks", sizes, ["1", "8"], args, {(res, name): [1] for res in sizes for name in ("1", "8")})
+        page = page[page.index("Less than 1 by"):]
+        at = page.index("The rms error")
+        return page[:at], page[at:]
+    gaps, levels = told([16, 24, 32], 3)
+    assert "| 16 | 8 | -7.0000 ± 0.0000 |" in gaps and "| 24 | 8 | +3.3333 ± 2.0817 |" in gaps and "| 32 | 8 | +5.0000 ± 3.6056 |" in gaps
+    assert "| 16 to 24 | 8 | +10.3333 ± 2.0817 |" in gaps and "| 16 to 32 | 8 | +12.0000 ± 3.6056 |" in gaps
+    assert "| 24 to 32 | 8 | +1.6667 ± 3.0551 |" in gaps        # of 1, -1 and 5
+    assert "| 24 | 8 | 2.667 (5.333) |" in levels and "| 24 | 8: less than 1 by | +3.333 ± 2.082 (+6.667 ± 4.163) |" in levels
+    assert "| 24 to 32 | 8: less than 1 by | +1.667 ± 3.055 (+3.333 ± 6.110) |" in levels
+    assert "With 3 seeds a gap is told from none (5%, t test) from 2.48 deviations on" in gaps      # t of two degrees, 4.303, over the root of 3
+    assert "16 to 24: the gap at 24 less that at 16." in gaps and " to " not in told([24], 3)[0]
+    assert "With 2 seeds a gap is told from none (5%, t test) from 8.98 deviations on" in told([24], 2)[0]
+    gaps, levels = told([24], 1)
+    assert "| 24 | 8 | +1.0000 |" in gaps and "With" not in gaps and "less than" not in levels
 
 
 def test_ablations_speed_is_over_that_of_the_first_row(tmp_path, monkeypatch):
@@ -1528,32 +1563,9 @@ def test_ablations_speed_is_over_that_of_the_first_row(tmp_path, monkeypatch):
     most = 2                                                    # told to stop
     with pytest.raises(KeyboardInterrupt):
         ablations.pace("blocks", 16, "1", args)
-    for name in rows:
-        for seed in range(3):
-            out = ablations.folder("blocks", 16, name, seed, args)
-            out.mkdir(parents=True)
-            (out / "scores.json").write_text(json.dumps(dict.fromkeys(ablations.METRICS, int(name) + seed) | dict(errors=[[0] * 5] * 2)))
+    put_scores(ablations, args, {(16, "1"): [1, 2, 3], (16, "8"): [8, 9, 10]})
     page = ablations.table("blocks", [16], rows, args, {(16, "1"): [1, 1, 1], (16, "8"): [.5, .6, .7]})
     assert "| 9.00 ± 1.00 | 0.60 ± 0.10 |" in page and "| 2.00 ± 1.00 | 1.00 ± 0.00 |" in page     # FLOPs, speed
-    for res, name, at in (24, "1", (5, 7, 6)), (24, "8", (4, 2, 2)), (32, "1", (9, 9, 9)), (32, "8", (7, 5, 0)):
-        for seed in range(3):                                   # gaps: at 16 three of -7, at 24 1, 5 and 4, at 32 2, 4 and 9
-            out = ablations.folder("blocks", res, name, seed, args)
-            out.mkdir(parents=True)
-            (out / "scores.json").write_text(json.dumps(dict.fromkeys(ablations.METRICS, at[seed]) | dict(errors=[[0] * 5] * 2)))
-
-    def gaps(sizes, seeds):
-        args.seeds = seeds
-        page = ablations.table("blocks", sizes, rows, args, {(res, name): [1] for res in sizes for name in rows})
-        return page[page.index("Less than 1 by"):page.index("The rms error")]
-    said = gaps([16, 24, 32], 3)
-    assert "| 16 | 8 | -7.0000 ± 0.0000 |" in said and "| 24 | 8 | +3.3333 ± 2.0817 |" in said and "| 32 | 8 | +5.0000 ± 3.6056 |" in said
-    assert "| 16 to 24 | 8 | +10.3333 ± 2.0817 |" in said and "| 16 to 32 | 8 | +12.0000 ± 3.6056 |" in said
-    assert "| 24 to 32 | 8 | +1.6667 ± 3.0551 |" in said        # of 1, -1 and 5: seed by seed
-    assert "With 3 seeds a gap is told from none (5%, t test) from 2.48 deviations on" in said      # t of two degrees, 4.303, over the root of 3
-    assert "16 to 24: the gap at 24 less that at 16." in said and " to " not in gaps([24], 3)
-    assert "With 2 seeds a gap is told from none (5%, t test) from 8.98 deviations on" in gaps([24], 2)
-    assert "| 24 | 8 | +1.0000 |" in gaps([24], 1) and "With" not in gaps([24], 1)
-    args.seeds = 3
     monkeypatch.setattr(ablations, "HERE", tmp_path)
     monkeypatch.setattr(ablations, "cell", lambda *row: None)
     monkeypatch.setattr(ablations, "pictures", lambda *row: "")

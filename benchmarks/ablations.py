@@ -285,6 +285,16 @@ def title(finding, sizes, rows, args):
                       f"{args.steps}x{args.batch}", f"{args.seeds} seeds"])
 
 
+def gaps_and_rises(values, sizes, first, others):
+    """{(size, row): values, a seed each} -> {(size, row): what first has more, seed by seed}, then
+    {("small to large", row): how much more of that at the larger size}.
+    """
+    gaps = {(res, name): values[res, first] - values[res, name] for res in sizes for name in others}
+    rises = {(f"{small} to {large}", name): gaps[large, name] - gaps[small, name]
+             for i, large in enumerate(sizes) for small in sizes[:i] for name in others}
+    return gaps | rises
+
+
 def table(finding, sizes, rows, args, speeds):
     says = FINDINGS[finding][0]
     metrics = [m for m in METRICS if finding in ONLY.get(m, FINDINGS)]
@@ -325,29 +335,26 @@ def table(finding, sizes, rows, args, speeds):
         lines += ["", f"Less than {first} by, mean ± standard deviation of the gaps of each seed "
                   f"(same pictures, same noise); of detail 1 is best.{told}{rise}", "",
                   f"| size | row | {' | '.join(COMPARED)} |", "|-" * (2 + len(COMPARED)) + "|"]
-        gaps = {(res, name): np.array([[a[m] - b[m] for m in COMPARED] for a, b in
-                                       zip(scores[res, first], scores[res, name])])
-                for res in sizes for name in others}
-        rises = {(f"{small} to {large}", name): gaps[large, name] - gaps[small, name]
-                 for i, large in enumerate(sizes) for small in sizes[:i] for name in others}
-        for (where, name), found in (gaps | rises).items():
+        gaps = gaps_and_rises({key: np.array([[s[m] for m in COMPARED] for s in found])
+                               for key, found in scores.items()}, sizes, first, others)
+        for (where, name), found in gaps.items():
             said = [f"{g.mean():+.4f}" + (f" ± {g.std(ddof=1):.4f}" if len(g) > 1 else "")
                     for g in found.T]
             lines.append(f"| {where} | {name} | {' | '.join(said)} |")
     lines += ["", "The rms error of x_hat, averaged and (as it is), by the logsnr of the averaged "
               "picture, mean over the seeds:", "",
               f"| size | row | {' | '.join(f'{level:g}' for level in LEVELS)} |", "|-" * 7 + "|"]
-    for (res, name), found in scores.items():
-        errors = np.array([s["errors"] for s in found])
-        small, full = errors.mean(0)
+    errors = {key: np.array([s["errors"] for s in found]) for key, found in scores.items()}
+    gaps = gaps_and_rises(errors, sizes, first, others)
+    for (res, name), found in errors.items():
+        small, full = found.mean(0)
         said = [f"{a:.3f} ({b:.3f})" for a, b in zip(small, full)]
         lines.append(f"| {res} | {name} | {' | '.join(said)} |")
-        if name in others and args.seeds > 1:
-            gaps = np.array([s["errors"] for s in scores[res, first]]) - errors
-            gap, off = gaps.mean(0), gaps.std(0, ddof=1)
-            said = [f"{gap[0, i]:+.3f} ± {off[0, i]:.3f} ({gap[1, i]:+.3f} ± {off[1, i]:.3f})"
-                    for i in range(len(LEVELS))]
-            lines.append(f"| {res} | less than {first} by | {' | '.join(said)} |")
+    for (where, name), found in gaps.items() if args.seeds > 1 else ():
+        gap, off = found.mean(0), found.std(0, ddof=1)
+        said = [f"{gap[0, i]:+.3f} ± {off[0, i]:.3f} ({gap[1, i]:+.3f} ± {off[1, i]:.3f})"
+                for i in range(len(LEVELS))]
+        lines.append(f"| {where} | {name}: less than {first} by | {' | '.join(said)} |")
     return "\n".join(lines)
 
 
