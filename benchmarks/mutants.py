@@ -369,7 +369,7 @@ FINDINGS_MUTANTS = [
     ("benchmarks/ablations.py", "if 2 <= args.seeds <= 10", "if args.seeds", "ablations_gaps"),
     ("benchmarks/ablations.py", "the gap at {sizes[1]} less that at {sizes[0]}", "the gap at {sizes[0]} less that at {sizes[1]}", "ablations_gaps"),
     ("benchmarks/ablations.py", "        if len(sizes) > 1:", "        if True:", "ablations_gaps"),
-    ("benchmarks/ablations.py", "if name != first] * (first in rows)", "if name != first]", "ablations"),
+    ("benchmarks/ablations.py", "first, *others = rows", "*others, first = rows", "ablations_gaps"),
     ("benchmarks/ablations.py", "gaps_and_rises(errors, sizes,", "gaps_and_rises(errors, sizes[:1],", "ablations_gaps"),
     ("benchmarks/ablations.py", "gaps.items() if args.seeds > 1 else ()", "gaps.items()", "ablations_gaps"),
     ("benchmarks/ablations.py", "off = found.mean(0), found.std(0, ddof=1)", "off = found.mean(0), found.std(0)", "ablations_gaps"),
