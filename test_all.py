@@ -1581,6 +1581,7 @@ def test_ablations_that_cannot_run_end_with_a_line(tmp_path, capsys):
     assert "file/runs: Not a directory" in one_line(capsys, ablations.main, ["--finding", "dropout", "--out", str(tmp_path / "file/runs")])
     assert "invalid choice" in one_line(capsys, ablations.main, ["--finding", "dropout", "--model", "huge"])
     assert "of 'off', 'on'" in one_line(capsys, ablations.main, ["--finding", "multiscale", "--rows", "half"])
+    assert "--jobs at least 1" in one_line(capsys, ablations.main, ["--finding", "multiscale", "--jobs", "0"])
 
 
 def test_ablations_error_is_that_of_a_known_network():
@@ -1646,6 +1647,12 @@ def test_ablations_changes_are_what_their_names_say(tmp_path, monkeypatch):
     for res in ("144", "288"):
         assert sampling.network(vars(train.parse_config(["--res", res, "--model", "tiny"])), 0).project_in.weight.shape[:2] == (48, 48)
     assert sampling.network(vars(train.parse_config(["--res", "288"])), 0).levels == 2 and sampling.network(vars(train.parse_config(["--res", "64"])), 0).levels == 2
+    given = []
+    monkeypatch.setattr(train, "main", lambda argv: given.append(vars(train.parse_config(argv))))
+    for finding, row in ("schedule", "cosine"), ("multiscale", "off"), ("multiscale", "on"):    # at 512 it would be on by itself
+        ablations.fit(finding, 512, row, 3, argparse.Namespace(model="tiny", batch=4, lr=1e-3, out=tmp_path), 7, tmp_path / row / "run")
+    assert [config["multiscale"] for config in given] == ["off", "off", "on"] and [config["schedule"] for config in given] == ["cosine", "shifted", "shifted"]
+    assert given[0].items() >= dict(res=given[0]["res"], steps=7, seed=3, batch=4, lr=1e-3).items()
     folder = ablations.few_pictures(tmp_path / "few", 24)
     few = data.Pictures(folder, 24)
     assert len(few.names) == 256 and few.classes == [f"{k:02d} petals" for k in range(3, 13)]

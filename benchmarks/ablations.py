@@ -193,9 +193,10 @@ def fit(finding, res, name, seed, args, steps, out):
     out.parent.mkdir(parents=True, exist_ok=True)
     few = args.out / f"few-{res}" if finding == "dropout" else None
     data = ["--data", str(few), "--no-flip"] if few else []
-    train.main([*flags.split(), *data, "--res", str(res), "--model", args.model, "--batch",
-                str(args.batch), "--lr", str(args.lr), "--warmup", "100", "--steps",
-                str(steps), "--seed", str(seed), "--out", str(out), "--sample-every", "0"])
+    train.main(["--multiscale", "off", *flags.split(), *data, "--res", str(res), "--model",
+                args.model, "--batch", str(args.batch), "--lr", str(args.lr), "--warmup", "100",
+                "--steps", str(steps), "--seed", str(seed), "--out", str(out),
+                "--sample-every", "0"])
     return few
 
 
@@ -411,20 +412,23 @@ def main(argv=None):
     parser = sample.Parser(description="Measure a finding of the paper on flowers.")
     parser.add_argument("--finding", choices=FINDINGS, required=True)
     parser.add_argument("--sizes", type=int, nargs="+", help="(default: the finding's own)")
-    parser.add_argument("--rows", nargs="+", metavar="ROW", help="of the finding (default: all)")
+    parser.add_argument("--rows", nargs="+", metavar="ROW",
+                        help="some of the finding's; others are compared with the first, in the "
+                             "finding's order; a wrong name lists them (default: all)")
     parser.add_argument("--model", choices=uvit.PRESETS, default="tiny")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--sample-steps", type=int, default=64)
+    parser.add_argument("--jobs", type=int, default=1 if torch.cuda.is_available() else 2,
+                        help="trainings at a time, the cores shared (default: 2, 1 with CUDA)")
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
     args = parser.parse_args(argv)
-    if args.sample_steps < 6 or args.samples < 10:
-        sample.fail("--sample-steps must be at least 6, --samples at least 10")
+    if args.sample_steps < 6 or args.samples < 10 or args.jobs < 1:
+        sample.fail("--sample-steps must be at least 6, --samples at least 10, --jobs at least 1")
     # Of `tiny` half of its own rate, since the default of --batch is half of its own.
     args.lr = 1e-3 if args.model == "tiny" else train.DEFAULTS[args.model]["lr"]
-    args.jobs = 1 if torch.cuda.is_available() else 2       # rows at a time, the cores shared
     _, own, every = FINDINGS[args.finding]
     sizes = sorted(set(args.sizes or own))
     rows = [name for name in every if name in (args.rows or every)]

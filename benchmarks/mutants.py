@@ -374,6 +374,7 @@ FINDINGS_MUTANTS = [
     ("benchmarks/ablations.py", "gaps.items() if args.seeds > 1 else ()", "gaps.items()", "ablations_gaps"),
     ("benchmarks/ablations.py", "off = found.mean(0), found.std(0, ddof=1)", "off = found.mean(0), found.std(0)", "ablations_gaps"),
     ("benchmarks/ablations.py", "small, full = found.mean", "full, small = found.mean", "ablations_gaps"),
+    ("benchmarks/ablations.py", "[\"--multiscale\", \"off\", *flags.split()", "[*flags.split()", "ablations_changes"),
     ("benchmarks/ablations.py", "args.rows or every)", "every)", "ablations"),
     ("benchmarks/ablations.py", "[\"settings\"] == settings", "[\"settings\"] == 0", "ablations"),
     ("benchmarks/ablations.py", "(found[40] + found[60]) / 2", "found[60]", "ablations"),
