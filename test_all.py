@@ -1539,7 +1539,7 @@ def test_ablations_gaps_and_how_they_grow_are_seed_by_seed(tmp_path):
     assert "| 24 | 8 | +1.0000 |" in gaps and "With" not in gaps and "less than" not in levels
 
 
-def test_ablations_speed_is_over_that_of_the_first_row(tmp_path, monkeypatch):
+def test_ablations_speed_is_over_that_of_the_first_row(tmp_path, monkeypatch, capsys):
     ablations = ablations_module()
     args = argparse.Namespace(model="tiny", batch=2, lr=1e-3, steps=2, seeds=3, samples=10, sample_steps=10, out=tmp_path / "runs")
 
@@ -1570,9 +1570,20 @@ def test_ablations_speed_is_over_that_of_the_first_row(tmp_path, monkeypatch):
     monkeypatch.setattr(ablations, "cell", lambda *row: None)
     monkeypatch.setattr(ablations, "pictures", lambda *row: "")
     turns, most = [], 4
-    ablations.main("--finding blocks --sizes 16 --rows 1 8 --steps 2 --batch 2 --samples 10 --sample-steps 10 --out".split() + [str(args.out)])
+    flags = "--finding blocks --sizes 16 --rows 1 8 --steps 2 --batch 2 --samples 10 --sample-steps 10 --out".split() + [str(args.out)]
+    ablations.main(flags)
     speeds = [1 / 4, 3 / 8, 5 / 12]                             # three rounds
     assert f"| 9.00 ± 1.00 | {np.mean(speeds):.2f} ± {np.std(speeds, ddof=1):.2f} |" in (tmp_path / "RESULTS.md").read_text()
+    page = (tmp_path / "RESULTS.md").read_text()
+
+    def full(*file):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(ablations, "write", full)               # only the page is left to be written
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        ablations.main(flags)
+    said = capsys.readouterr().err
+    assert "No space left on device: mended" in said and said.count("\n") == 1 and (tmp_path / "RESULTS.md").read_text() == page
 
 
 def test_ablations_that_cannot_run_end_with_a_line(tmp_path, capsys):
@@ -1581,7 +1592,8 @@ def test_ablations_that_cannot_run_end_with_a_line(tmp_path, capsys):
     assert "file/runs: Not a directory" in one_line(capsys, ablations.main, ["--finding", "dropout", "--out", str(tmp_path / "file/runs")])
     assert "invalid choice" in one_line(capsys, ablations.main, ["--finding", "dropout", "--model", "huge"])
     assert "of 'off', 'on'" in one_line(capsys, ablations.main, ["--finding", "multiscale", "--rows", "half"])
-    assert "--jobs at least 1" in one_line(capsys, ablations.main, ["--finding", "multiscale", "--jobs", "0"])
+    for flag in "--jobs", "--seeds":
+        assert "--seeds and --jobs at least 1" in one_line(capsys, ablations.main, ["--finding", "multiscale", flag, "0"])
 
 
 def test_ablations_error_is_that_of_a_known_network():

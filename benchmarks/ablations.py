@@ -425,8 +425,9 @@ def main(argv=None):
                         help="trainings at a time, the cores shared (default: 2, 1 with CUDA)")
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
     args = parser.parse_args(argv)
-    if args.sample_steps < 6 or args.samples < 10 or args.jobs < 1:
-        sample.fail("--sample-steps must be at least 6, --samples at least 10, --jobs at least 1")
+    if args.sample_steps < 6 or args.samples < 10 or min(args.seeds, args.jobs) < 1:
+        sample.fail("--sample-steps must be at least 6, --samples at least 10, --seeds and --jobs "
+                    "at least 1")
     # Of `tiny` half of its own rate, since the default of --batch is half of its own.
     args.lr = 1e-3 if args.model == "tiny" else train.DEFAULTS[args.model]["lr"]
     _, own, every = FINDINGS[args.finding]
@@ -445,15 +446,15 @@ def main(argv=None):
             for n, done in enumerate(pool.map(cell, *zip(*cells)), 1):
                 print(f"{n} of {len(cells)}: {done}", flush=True)
         speeds = paces(args.finding, sizes, rows, args) if args.finding in ONLY["speed"] else {}
+        text = (table(args.finding, sizes, rows, args, speeds)
+                + pictures(args.finding, sizes, rows, args))
+        print(text)
+        write_result(title(args.finding, sizes, rows, args), text)
     except KeyboardInterrupt:
         sample.fail("stopped: the same command goes on from here", 130)
     except OSError as error:
         sample.fail(f"{error.filename or args.out}: {error.strerror or error}: mended, the same "
                     "command goes on")
-    text = (table(args.finding, sizes, rows, args, speeds)
-            + pictures(args.finding, sizes, rows, args))
-    print(text)
-    write_result(title(args.finding, sizes, rows, args), text)
 
 
 if __name__ == "__main__":
