@@ -189,10 +189,15 @@ def number(text):
     raise argparse.ArgumentTypeError(f"{text}: must be a finite number")
 
 
+def has_cuda():
+    """Whether there is a GPU by CUDA or ROCm. DEVICE=cpu in the environment: it is left alone."""
+    return torch.cuda.is_available() and os.environ.get("DEVICE") != "cpu"
+
+
 def pick_device():
-    """This rank's device, and whether its hardware has bf16. DEVICE=cpu in the environment: CPU."""
+    """This rank's device, and whether its hardware has bf16."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if torch.cuda.is_available() and os.environ.get("DEVICE") != "cpu":
+    if has_cuda():
         if local_rank >= torch.cuda.device_count():
             fail(f"rank {local_rank} has no GPU of its own: --nproc_per_node is at most "
                  f"{torch.cuda.device_count()} here", every_rank=True)
@@ -204,13 +209,12 @@ def pick_device():
     return torch.device("cpu"), torch.cpu._is_avx512_bf16_supported()
 
 
-def check_compiler(device, instead):
-    """Fail, with a line, where torch.compile finds no compiler; `instead` does without."""
+def compiler_trouble(device):
+    """Why torch.compile does not work here, in a line; None if it does."""
     try:
         torch.compile(lambda x: x + 1)(torch.ones(4, device=device))
     except Exception as error:              # of another kind on each platform
-        why = str(error).splitlines()[0]
-        fail(f"--compile: no compiler works here ({why}); {instead} does without", 1)
+        return f"no compiler works here ({(str(error).splitlines() or [type(error).__name__])[0]})"
 
 
 def network(config, classes):
@@ -376,7 +380,9 @@ def main(argv=None):
     except ValueError as error:
         fail(f"--ckpt {error}")
     if args.compile:
-        check_compiler(device, "the same command without --compile")
+        trouble = compiler_trouble(device)
+        if trouble:
+            fail(f"--compile: {trouble}; the same command without --compile does without", 1)
         model.compile(mode="reduce-overhead", dynamic=False)
     config, classes = saved["config"], saved["classes"]
     schedule = args.schedule or config["schedule"]

@@ -13,7 +13,7 @@ are seen where the token is not 0. Two encoders:
     bytes       not in the paper: a small transformer over UTF-8, part of the network and trained
     t5:NAME     the paper's: a frozen T5, a folder or a name `transformers` knows (to be installed)
 """
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn as nn
@@ -82,6 +82,10 @@ class T5Encoder:
 
     @torch.compiler.disable
     def __call__(self, tokens):
+        if tokens.is_meta:                  # only shapes are asked for (memory.py)
+            shape = len(tokens), 1 + self.length
+            return tokens.new_empty(*shape, self.width, dtype=torch.float32), \
+                tokens.new_empty(shape, dtype=torch.bool)
         said, sequence = self.last          # a sampler says it at each step, training never again
         if torch.is_grad_enabled() or said is None or not torch.equal(said, tokens):
             seen = tokens > 0                                   # T5, too, fills up with 0
@@ -92,6 +96,7 @@ class T5Encoder:
         return sequence
 
 
+@cache
 def t5(name, kind):
     try:
         import transformers

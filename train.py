@@ -34,15 +34,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from checkpoint import FORMAT, append, carry_over, lock, read, trim, write
 from data import Flowers, Pictures, printable
 from loss import diffusion_loss
-from sample import (DROPOUT, TRAINING, Parser, Steady, check_compiler, fail, grid, load_model,
-                    network, number, pick_device, picture_noise, sample, seed_of, to_uint8, whole)
+from memory import (RAISES, divisor, out_of_memory, parts_that_fit, recompute_blocks, rehearse)
+from sample import (DROPOUT, TRAINING, Parser, Steady, compiler_trouble, fail, grid, has_cuda,
+                    load_model, network, number, pick_device, picture_noise, sample, seed_of,
+                    to_uint8, whole)
 from schedule import SCHEDULES, logsnr_schedule, side, sides
 from text import tokenizer, unconditional
 from uvit import PRESETS, residual_blocks, unet_levels, wavelet_levels
@@ -59,7 +60,7 @@ class Config:
     text: str = ""              # bytes, or t5:NAME, a T5 that transformers finds; empty: classes
     text_length: int = 128      # tokens of a caption, the rest of it is cut off
     # Network (uvit.py)
-    model: str = ""             # tiny, mini, small, base, paper; empty (res): tiny; over 64 base
+    model: str = ""             # tiny, mini, small, base, paper; empty: tiny, with CUDA over 64 base
     net: str = "uvit"           # uvit or unet
     blocks_16: int = 0          # blocks at 16 x 16, the dial of the size; 0: the model's own
     skips: str = "block"        # of the U-ViT: one a block, or one a level (SiD2, not in the paper)
@@ -76,7 +77,7 @@ class Config:
     drop_label: float = 0.1     # share of the pictures that train the null class or empty caption
     # Optimiser
     batch: int = 0              # pictures a step, over all ranks; 0: the model's own
-    accum: int = 1              # parts a rank does its share of the batch in, one after the other
+    accum: int = 0              # parts a rank does its share of the batch in; 0: as memory allows
     steps: int = 0              # optimiser steps of the whole run; 0: the model's own
     lr: float = 0               # learning rate after the warm-up; 0: the model's own
     warmup: int = 0             # steps of linear warm-up; 0: the model's own
@@ -109,7 +110,7 @@ DEFAULTS = {    # `paper` is the paper's; the others are ours, for smaller machi
 # What another command may change when a run goes on; anything else is refused.
 MAY_CHANGE = {"data", "steps", "accum", "out", "compile", "bf16", "memory_budget", "recompute",
               "shard", "workers", "timeout", "log_every", "sample_every", "save_every"}
-AT_LEAST = dict(text_length=1, blocks_16=0, batch=0, accum=1, steps=0, lr=0, warmup=0, clip=1e-9,
+AT_LEAST = dict(text_length=1, blocks_16=0, batch=0, accum=0, steps=0, lr=0, warmup=0, clip=1e-9,
                 ema=0, seed=0, noise_d=1,
                 drop_label=0, log_every=1, sample_every=0, save_every=1, dropout_res=0, dropout=-1,
                 workers=-1, timeout=0.05, memory_budget=-1)
@@ -121,9 +122,14 @@ NOT_FINITE_AT_MOST = 10         # gradients in a row, then the run ends
 CHECKPOINTS = "ckpt-" + 8 * "[0-9]" + ".pt"
 NOISE_LEVELS = 8                # times at which the loss by noise level is measured
 REPORT_STEPS = 50               # network calls for a picture of the grid
+FIRST_REPORT = 50               # step of a first grid, however seldom they are
 EXPECT = """What to expect of flowers at 64 x 64: a loss of 0.25 at the start, 0.05 at step 250 (the
 grid shows coloured blobs), 0.03 at step 1,500 (flowers with petals, still ragged at the edges).
 The 1,500 steps took 15.5 minutes on two CPU cores."""
+
+
+def default_model(res, cuda):
+    return "base" if cuda and side(res) > 64 else "tiny"
 
 
 def parse_config(argv=None):
@@ -142,7 +148,7 @@ def parse_config(argv=None):
         fail(f"--res {config.res}: must be pixels, like 64 or 384x640 (height x width)")
     height, width = sides(config.res)
     config.res = height if height == width else f"{height}x{width}"
-    config.model = config.model or ("tiny" if side(config.res) <= 64 else "base")
+    config.model = config.model or default_model(config.res, has_cuda())
     switch = ("", "on", "off")
     for name, values in dict(model=PRESETS, patch=("dwt", "conv", "none"), net=("uvit", "unet"),
                              loss=("eps", "v", "sid2"), skips=("block", "level"),
@@ -273,15 +279,21 @@ def main(argv=None):
     config = parse_config(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, has_bf16 = pick_device()
-    if config.batch % (world * config.accum):
-        fail(f"--batch {config.batch}: must be a multiple of {world * config.accum}, "
-             f"{world} ranks x --accum {config.accum}")
+    if config.batch % (world * (config.accum or 1)):
+        by_parts = f" x --accum {config.accum}" if config.accum else ""
+        fail(f"--batch {config.batch}: must be a multiple of {world * (config.accum or 1)}, "
+             f"{world} ranks{by_parts}")
     if config.shard and "RANK" not in os.environ:
         fail("--shard: shares the model among ranks, which torchrun starts: see the README")
     config.bf16 = config.bf16 or ("on" if has_bf16 else "off")
-    config.compile = config.compile or ("on" if device.type == "cuda" else "off")
-    if config.compile == "on":
-        check_compiler(device, "--compile off")
+    if config.compile == "on" or not config.compile and device.type == "cuda":
+        trouble = compiler_trouble(device)
+        if trouble and config.compile == "on":
+            fail(f"--compile on: {trouble}; --compile off does without", 1)
+        if trouble and os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"Training goes on uncompiled, which is slower: {trouble}.", flush=True)
+        config.compile = "off" if trouble else "on"
+    config.compile = config.compile or "off"
     with ExitStack() as at_exit:
         if "RANK" not in os.environ:
             return train(config, 0, 1, device, None, at_exit)
@@ -348,12 +360,32 @@ def open_folder(out, minutes, at_exit):
     return log, named, newest, reports, trouble
 
 
+def agreed_parts(config, classes, world, device, meet):
+    """parts_that_fit on each rank -> the most parts that one of them needs, and its reason.
+
+    Raises ValueError on all of them if it does not fit on one.
+    """
+    try:
+        mine = *parts_that_fit(vars(config), classes, world, device), None
+    except ValueError as error:
+        mine = 0, "", str(error)
+    every = [mine]
+    if meet:
+        every = [None] * world
+        dist.all_gather_object(every, mine, meet)
+    for _, _, trouble in every:
+        if trouble:
+            raise ValueError(trouble)
+    return max(every)[:2]
+
+
 def finite(tensors):
     return torch.nn.utils.get_total_norm(tensors).isfinite()
 
 
 def restore(file, config, dataset, model, ema, optimizer):
-    """A checkpoint into model, EMA and optimizer -> its step, seconds and skipped gradients.
+    """A checkpoint into model, EMA and optimizer -> its step, seconds, skipped gradients, and how
+    many pictures there were at a time.
 
     Fails, with a line, if it is damaged or was started with other settings or pictures.
     """
@@ -390,7 +422,7 @@ def restore(file, config, dataset, model, ema, optimizer):
         optimizer.load_state_dict(dict(state=state, param_groups=groups))
     except Exception:
         fail(f"{file}: does not hold the network its configuration describes, or not whole")
-    return step, seconds, skipped
+    return step, seconds, skipped, saved.get("at_a_time", config.batch)
 
 
 def compile_options(device):
@@ -414,8 +446,8 @@ def memory_budget(model, wanted):
     return 1.0 if drops else 0.6 if wanted < 0 else wanted
 
 
-def announce(config, model, dataset, world, kind, start):
-    """Print what is about to happen."""
+def announce(config, model, dataset, world, kind, start, micro, why):
+    """Print what is about to happen: micro pictures at a time on each rank, and why so many."""
     height, width = sides(config.res)
     weights = sum(p.numel() for p in model.parameters()) / 1e6
     said = f"{len(dataset.classes) or 'no'} classes"
@@ -423,7 +455,12 @@ def announce(config, model, dataset, world, kind, start):
         said = f"captions of {dataset.captioned if config.data else 'all'} pictures"
     print(f"{config.model} {config.net}, {weights:.1f} M weights, {height} x {width}, "
           f"{said}, batch {config.batch} on {world} x {kind}"
-          f"{' in bf16' if config.bf16 == 'on' else ''}, steps {start} to {config.steps}.\n"
+          f"{' in bf16' if config.bf16 == 'on' else ''}, steps {start} to {config.steps}.")
+    here, there = ("with", "without") if kind == "cuda" else ("without", "with")
+    other = default_model(config.res, kind != "cuda")
+    if config.model == default_model(config.res, kind == "cuda") != other:
+        print(f"--model {config.model} is the default at this size {here} CUDA; {there}: {other}.")
+    print(f"Pictures at a time: {micro} of {config.batch // world} ({why}).\n"
           f"Everything goes to {Path(config.out)}/; its grid.png shows samples "
           f"{f'every {config.sample_every} steps' if config.sample_every else 'never'}. "
           "Stop at any time: the same command resumes.", flush=True)
@@ -435,7 +472,7 @@ def announce(config, model, dataset, world, kind, start):
 
 def train(config, rank, world, device, meet, at_exit):
     ddp, cuda, master = "RANK" in os.environ, device.type == "cuda", rank == 0
-    bf16, micro = config.bf16 == "on", config.batch // (world * config.accum)
+    bf16, share = config.bf16 == "on", config.batch // world
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = bf16
     autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
 
@@ -446,6 +483,9 @@ def train(config, rank, world, device, meet, at_exit):
         dataset = Flowers(config.res, config.seed, **told)
         if config.data:
             dataset = Pictures(config.data, config.res, config.seed, config.flip, **told)
+        parts, why = config.accum, f"--accum {config.accum}"
+        if not parts:
+            parts, why = agreed_parts(config, len(dataset.classes), world, device, meet)
         torch.manual_seed(config.seed)
         model = network(vars(config), len(dataset.classes))
         if config.init and not any(Path(config.out).glob(CHECKPOINTS)):     # else it is under way
@@ -486,8 +526,8 @@ def train(config, rank, world, device, meet, at_exit):
     for block in residual_blocks(model):
         if config.compile == "on" and config.shard:     # shares are put together outside of it
             block.forward = torch.compile(block.forward, dynamic=False, options=options)
-        if config.recompute:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if config.recompute:
+        recompute_blocks(model)
     if config.shard:
         mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
         for part in [*residual_blocks(model), model, *residual_blocks(ema), ema]:
@@ -510,8 +550,11 @@ def train(config, rank, world, device, meet, at_exit):
     # -- resume
     skipped = torch.zeros((), device=device)
     if newest:
-        start, seconds, before = restore(newest, config, dataset, model, ema, optimizer)
+        start, seconds, before, at_a_time = restore(newest, config, dataset, model, ema, optimizer)
         skipped += before
+        # Other parts give the same sum to rounding, as many pictures at a time to the last bit.
+        if not config.accum and at_a_time < share // parts and share % at_a_time == 0:
+            parts, why = share // at_a_time, "as before"
     if master:
         trim(log, start)
         for pattern in (CHECKPOINTS, "model.pt", "grid*.png"):      # left by a kill
@@ -520,7 +563,7 @@ def train(config, rank, world, device, meet, at_exit):
 
     def report_due(done):
         return done and config.sample_every and \
-            (done % config.sample_every == 0 or done == config.steps)
+            (done % config.sample_every == 0 or done in (FIRST_REPORT, config.steps))
 
     # A report that a signal cut short is made up for, even if nothing else is left to do.
     late = report_due(start) and f"grid-{start:07d}.png" not in reports
@@ -535,13 +578,28 @@ def train(config, rank, world, device, meet, at_exit):
     if ddp and not config.shard:
         net = DDP(model, [device.index] if cuda else None, gradient_as_bucket_view=True)
 
+    # -- in as many parts as fit: --shard's ranks talk in each of them, so they cannot try
+    while not config.accum and not config.shard and device.type in RAISES:
+        reserve = 0 if start else 8 * sum(weights.numel() for weights in model.parameters())
+        fits = torch.tensor(rehearse(model, vars(config), logsnr, report_label[:1].to(device),
+                                     share // parts, reserve)).int()
+        if ddp:
+            dist.all_reduce(fits, dist.ReduceOp.MIN, meet)
+        if fits:
+            break
+        if parts == share:
+            fail(f"--res {config.res} --model {config.model}: {device.type} is out of memory even "
+                 "with one picture at a time; --recompute or a smaller --model takes less")
+        parts, why = divisor(share, 2 * parts), "more did not fit"
+    micro = share // parts
+
     if master:
-        announce(config, model, dataset, world, device.type, start)
+        announce(config, model, dataset, world, device.type, start, micro, why)
 
     # -- loader: picture numbers of this rank, step by step, from where the run stands
     def numbers():
         for step in range(start, config.steps):
-            for part in range(config.accum):
+            for part in range(parts):
                 first = step * config.batch + (part * world + rank) * micro
                 yield range(first, first + micro)
 
@@ -657,7 +715,7 @@ def train(config, rank, world, device, meet, at_exit):
             group["lr"] = config.lr * min(1, (step + 1) / config.warmup)
         torch.manual_seed(seed_of(DROPOUT, config.seed, step, rank))
 
-        for part in range(config.accum):
+        for part in range(parts):
             x, label, skips = next(loader)
             found |= skips
             first = step * config.batch + (part * world + rank) * micro
@@ -665,12 +723,12 @@ def train(config, rank, world, device, meet, at_exit):
             x, label = x.to(device, non_blocking=True), label.to(device, non_blocking=True)
             dropped = (u < config.drop_label)[:, None]
             label = torch.where(dropped, unconditional(label, classes), label)
-            wait = ddp and not config.shard and part < config.accum - 1
+            wait = ddp and not config.shard and part < parts - 1
             with net.no_sync() if wait else nullcontext():
                 with autocast:
                     loss = diffusion_loss(net, x, t, eps, logsnr, label, config.loss, multiscale,
                                           config.bias)
-                (loss / config.accum).backward()
+                (loss / parts).backward()
             loss = loss.detach()
             total += torch.stack([loss.nan_to_num(0, 0, 0), loss.isfinite().float()])
 
@@ -701,7 +759,7 @@ def train(config, rank, world, device, meet, at_exit):
             fail(f"step {done}: the last {NOT_FINITE_AT_MOST} gradients were not finite; the last "
                  f"good checkpoint is {last_good()}; a new --out with a lower --lr may do", 1)
 
-        if done % config.log_every == 0 or done == config.steps or stop or unreadable:
+        if done % config.log_every == 0 or done in (1, config.steps) or stop or unreadable:
             if ddp:
                 dist.all_reduce(total)
                 every = [None] * world
@@ -735,7 +793,7 @@ def train(config, rank, world, device, meet, at_exit):
                      f"checkpoint is {last_good()}; a new --out with a lower --lr may do", 1)
             content = dict(format=FORMAT, config=vars(config), classes=dataset.classes, step=done,
                            ema=whole_of(ema.state_dict(), master))
-            rest = dict(pictures=pictures, seconds=seconds, skipped=int(skipped),
+            rest = dict(pictures=pictures, seconds=seconds, skipped=int(skipped), at_a_time=micro,
                         model=whole_of(model.state_dict(), master),
                         optimizer=whole_of(optimizer.state_dict(), master))
             kept = [attempt(lambda: save(content, rest)) if master else None]

@@ -189,11 +189,16 @@ def whiten(a, b):
 def frechet(a, b):
     """Features (N, D), (M, D) -> |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), A, B their
     covariances, over tr B: 0 for the same, 1 for one point at the mean of b.
+
+    With x, y the centred features over sqrt(N - 1) and sqrt(M - 1), A = x^T x and B = y^T y, and
+    A B has the eigenvalues of (x y^T)^T (x y^T): their roots are the singular values of x y^T.
     """
-    A, B = torch.cov(a.T), torch.cov(b.T)
-    root = torch.linalg.eigvals(A @ B).real.clamp(min=0).sqrt().sum()       # of eigenvalues >= 0
-    apart = (a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * root
-    return (apart / B.trace()).item()
+    x, y = ((f - f.mean(0)).double() / max(1, len(f) - 1) ** .5 for f in (a, b))
+    x, y = (torch.linalg.qr(f, mode="r").R for f in (x, y))     # x^T x stays, however many rows
+    root = torch.linalg.svdvals(x @ y.T).sum()
+    trace_a, trace_b = x.square().sum(), y.square().sum()
+    apart = (a.mean(0) - b.mean(0)).square().sum() + trace_a + trace_b - 2 * root
+    return (apart / trace_b).item()
 
 
 def score(pictures):

@@ -1,0 +1,201 @@
+"""How much memory training takes, and how many parts a batch is done in so that it fits.
+
+    bytes = 20 for each weight + what the backward pass keeps of one picture * pictures at a time
+
+The 20: weight 4, gradient 4, Adam's two moments 8, moving average 4. What is kept of a picture is
+counted on the "meta" device, which computes shapes alone, so it takes no memory and no time.
+"""
+import os
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from loss import diffusion_loss
+from sample import network
+from schedule import logsnr_schedule, sides
+from uvit import PRESETS, residual_blocks
+
+BASE = 0.5e9                # bytes for decoded pictures, the picture grid and the like
+BACKWARD = 1.1              # peak of the backward pass, in parts of what was kept for it
+BF16, COMPILED = 0.75, 0.5  # what is kept under autocast, by compiled code: of float32, of eager
+ASSUMED = 8 << 30           # bytes of RAM where the system does not say (Windows)
+# Parts of what is available: what a batch may take, and what one picture at a time may. RAM is
+# shared with other programs, and whoever takes too much of it is killed; a GPU reports an error.
+COMFORT = {"cuda": 0.92, "mps": 0.5, "cpu": 0.5}
+LIMIT = {"cuda": 1.0, "mps": 0.9, "cpu": 0.9}
+RAISES = {"cuda", "mps"}    # devices where running out of memory can be caught
+
+
+# ---------------------------------------------------------------------------- what there is
+
+def read_number(file):
+    try:
+        return int(Path(file).read_text())
+    except (OSError, ValueError):           # no such file, or "max"
+        return None
+
+
+def cgroup_room(root="/sys/fs/cgroup", of="/proc/self/cgroup"):
+    """Bytes that the control groups of this process (containers, systemd, Slurm) still allow."""
+    room = []
+    lines = Path(of).read_text().splitlines() if os.path.exists(of) else []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers == "memory":         # version 1
+            top, limit, usage, cache = Path(root, "memory"), "memory.limit_in_bytes", \
+                "memory.usage_in_bytes", "total_inactive_file"
+        elif not controllers:               # version 2
+            top, limit, usage, cache = Path(root), "memory.max", "memory.current", "inactive_file"
+        else:
+            continue
+        group = top / path.strip("/")
+        for folder in (group, *group.parents):      # a limit holds for all groups inside, too
+            most, used = read_number(folder / limit), read_number(folder / usage)
+            if most is not None and used is not None:
+                stat = (folder / "memory.stat").read_text().split()
+                reclaimable = int(stat[stat.index(cache) + 1]) if cache in stat else 0
+                room.append(most - used + reclaimable)
+            if folder == top:
+                break
+    return min(room, default=float("inf"))
+
+
+def ram():
+    """Bytes of RAM that may still be used."""
+    try:
+        lines = Path("/proc/meminfo").read_text().split()
+        free = int(lines[lines.index("MemAvailable:") + 1]) * 1024
+    except (OSError, ValueError):
+        try:                                # macOS names only what there is in all
+            free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (AttributeError, OSError, ValueError):
+            free = ASSUMED
+    return max(0, min(free, cgroup_room()))
+
+
+def available(device):
+    """Bytes that this process may still use on its device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return ram() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+# ---------------------------------------------------------------------------- what is needed
+
+def recompute_blocks(model):
+    """--recompute: keep the input of each residual block alone, compute the rest of it anew."""
+    for block in residual_blocks(model):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def kept_of_a_picture(model, config):
+    """Bytes that the backward pass needs of one picture in float32; model: on the meta device."""
+    own = {weight.untyped_storage()._cdata for weight in model.parameters()}
+    kept, inside, largest = {}, [], 0       # storages: tensor; those of the block that runs
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()._cdata
+        if storage not in own:
+            (inside[-1] if inside else kept)[storage] = tensor
+        return tensor
+
+    def size(tensors):
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
+
+    def enter(block, inputs):
+        for tensor in inputs:
+            if tensor is not None:
+                keep(tensor)
+        inside.append({})
+
+    def leave(block, inputs, output):
+        nonlocal largest
+        largest = max(largest, size(inside.pop()))
+
+    hooks = [hook for block in residual_blocks(model) if config["recompute"] for hook in
+             (block.register_forward_pre_hook(enter), block.register_forward_hook(leave))]
+    x = torch.empty(1, 3, *sides(config["res"]), device="meta")
+    logsnr = logsnr_schedule(config["schedule"], config["res"], config["noise_d"])
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        diffusion_loss(model, x, torch.empty(1, device="meta"), torch.empty_like(x), logsnr,
+                       None, config["loss"], config["multiscale"] == "on", config["bias"])
+    for hook in hooks:
+        hook.remove()
+    return size(kept) + largest
+
+
+def needed(config, classes, world=1):
+    """A configuration (a dict) -> bytes whatever the batch, bytes a picture, number of weights."""
+    with torch.device("meta"):
+        model = network(config, classes)
+    weights, bf16 = sum(weight.numel() for weight in model.parameters()), config["bf16"] == "on"
+    each = kept_of_a_picture(model, config) * BACKWARD
+    each *= (BF16 if bf16 else 1) * (COMPILED if config["compile"] == "on" else 1)
+    fixed = weights * (22 if bf16 else 20) / (world if config["shard"] else 1)
+    return BASE + fixed, each, weights
+
+
+def divisor(share, least):
+    """The smallest divisor of share that is at least `least`, share itself at most."""
+    return next((parts for parts in range(max(1, least), share) if share % parts == 0), share)
+
+
+def parts_that_fit(config, classes, world, device):
+    """In how many parts a rank does its share of the batch -> parts, a line that says why.
+
+    Raises ValueError, one line, if not even one picture at a time fits.
+    """
+    share, free = config["batch"] // world, available(device)
+    fixed, each, weights = needed(config, classes, world)
+    at_a_time = max(1, int((COMFORT[device.type] * free - fixed) / each))
+    parts, gb = divisor(share, -(-share // at_a_time)), 1e9
+    if fixed + each <= LIMIT[device.type] * free:
+        return parts, (f"one picture takes about {each / gb:.2g} GB, all else {fixed / gb:.2g}, "
+                       f"and {free / gb:.3g} GB are free")
+    smaller = [dict(model=name) for name in [*PRESETS][:[*PRESETS].index(config["model"])]]
+    would = []
+    for change in [dict(recompute=True), dict(shard=True)][:world] + smaller[::-1]:
+        fixed_then, each_then, _ = needed(config | change, classes, world)
+        if fixed_then + each_then <= LIMIT[device.type] * free:
+            would += [f"--{name}" if value is True else f"--{name} {value}"
+                      for name, value in change.items()]
+            if "model" in change:
+                break
+    raise ValueError(
+        f"--res {config['res']} --model {config['model']}: {weights / 1e6:,.0f} M weights and one "
+        f"picture at a time need {(fixed + each) / gb:.3g} GB of memory, and {free / gb:.3g} GB "
+        f"are free; {' or '.join(would) or 'a smaller --res'} would fit")
+
+
+def out_of_memory(error):
+    """Whether an exception says that the device's memory is full: each device has its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+
+
+def rehearse(model, config, logsnr, label, count, reserve):
+    """Try the forward and backward pass of `count` pictures -> whether the memory was enough.
+
+    label: (1, 2 + L), the condition of one picture; reserve: bytes that the optimizer will need.
+    """
+    device = label.device
+    x = t = held = None
+    try:
+        held = torch.empty(reserve, dtype=torch.uint8, device=device)
+        x, t = torch.zeros(count, 3, *sides(config["res"]), device=device), \
+            torch.full((count,), .5, device=device)
+        bf16 = torch.autocast(device.type, torch.bfloat16, enabled=config["bf16"] == "on")
+        with bf16:
+            loss = diffusion_loss(model, x, t, torch.zeros_like(x), logsnr,
+                                  label.expand(count, -1), config["loss"],
+                                  config["multiscale"] == "on", config["bias"])
+        loss.backward()
+        return True
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
