@@ -76,16 +76,19 @@ class T5Encoder:
         with torch.device("cpu"):           # whatever the network around it is made on
             self.encoder = t5(name, "T5EncoderModel").eval().requires_grad_(False)
         self.width = config.d_model
+        self.encode = torch.compiler.disable(self.encode)       # here: its import takes a second
 
     def __deepcopy__(self, memo):
         return self
 
-    @torch.compiler.disable
     def __call__(self, tokens):
         if tokens.is_meta:                  # only shapes are asked for (memory.py)
             shape = len(tokens), 1 + self.length
             return tokens.new_empty(*shape, self.width, dtype=torch.float32), \
                 tokens.new_empty(shape, dtype=torch.bool)
+        return self.encode(tokens)
+
+    def encode(self, tokens):
         said, sequence = self.last          # a sampler says it at each step, training never again
         if torch.is_grad_enabled() or said is None or not torch.equal(said, tokens):
             seen = tokens > 0                                   # T5, too, fills up with 0

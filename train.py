@@ -21,18 +21,14 @@ import sys
 import time
 import traceback
 from collections import ChainMap
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch._functorch.config
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -40,7 +36,7 @@ from tqdm import tqdm
 from checkpoint import FORMAT, append, carry_over, lock, read, trim, write
 from data import Flowers, Pictures, printable
 from loss import diffusion_loss
-from memory import (RAISES, divisor, out_of_memory, parts_that_fit, recompute_blocks, rehearse)
+from memory import RAISES, divisor, out_of_memory, parts_that_fit, recompute_blocks, rehearse
 from sample import (DROPOUT, TRAINING, Parser, Steady, compiler_trouble, fail, grid, has_cuda,
                     load_model, network, number, pick_device, picture_noise, sample, seed_of,
                     to_uint8, whole)
@@ -232,16 +228,27 @@ def ignore_signals(_):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def sharded(tensor):
+    """Whether it is one of FSDP2's (--shard), a DTensor, whose import would take a second."""
+    return hasattr(tensor, "full_tensor")
+
+
 def shares(tensors):
     """What this rank has of them: of a sharded one (--shard) its share, else all of it."""
-    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    return [t.to_local() if sharded(t) else t for t in tensors]
 
 
 def shared_as(tensors, wholes):
     """{name: whole tensor} -> the same, those sharded whose namesakes in `tensors` are."""
-    return {name: distribute_tensor(whole.to(tensors[name].device), tensors[name].device_mesh,
-                                    tensors[name].placements, src_data_rank=None)
-            if isinstance(tensors.get(name), DTensor) else whole for name, whole in wholes.items()}
+    def share(name, whole):
+        if not sharded(tensors.get(name)):
+            return whole
+        from torch.distributed.tensor import distribute_tensor
+        own = tensors[name]
+        return distribute_tensor(whole.to(own.device), own.device_mesh, own.placements,
+                                 src_data_rank=None)
+
+    return {name: share(name, whole) for name, whole in wholes.items()}
 
 
 def whole_of(tree, keep=True):
@@ -251,7 +258,7 @@ def whole_of(tree, keep=True):
     """
     if isinstance(tree, dict):
         return {name: whole_of(part, keep) for name, part in tree.items()}
-    if not isinstance(tree, DTensor):
+    if not sharded(tree):
         return tree
     whole = tree.full_tensor()
     return (whole.cpu() if whole.dim() else whole) if keep else None
@@ -286,15 +293,8 @@ def main(argv=None):
     if config.shard and "RANK" not in os.environ:
         fail("--shard: shares the model among ranks, which torchrun starts: see the README")
     config.bf16 = config.bf16 or ("on" if has_bf16 else "off")
-    if config.compile == "on" or not config.compile and device.type == "cuda":
-        trouble = compiler_trouble(device)
-        if trouble and config.compile == "on":
-            fail(f"--compile on: {trouble}; --compile off does without", 1)
-        if trouble and os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"Training goes on uncompiled, which is slower: {trouble}.", flush=True)
-        config.compile = "off" if trouble else "on"
-    config.compile = config.compile or "off"
-    with ExitStack() as at_exit:
+    config.compile = compile_here(config.compile, device)
+    with ExitStack() as at_exit, room_or_a_line(config):
         if "RANK" not in os.environ:
             return train(config, 0, 1, device, None, at_exit)
 
@@ -330,6 +330,31 @@ def main(argv=None):
             print(f"rank {rank} on {hosts[rank]}: no word from {who}; the same command goes on "
                   f"from the last checkpoint in {config.out}", file=sys.stderr, flush=True)
             os._exit(1)                     # what is left of the group would wait for them
+
+
+def compile_here(wanted, device):
+    """--compile, "" by default -> "on" or "off". Fails, with a line, if "on" is not possible."""
+    if wanted == "off" or not wanted and device.type != "cuda":
+        return "off"
+    trouble = compiler_trouble(device)
+    if trouble and wanted == "on":
+        fail(f"--compile on: {trouble}; --compile off does without", 1)
+    if trouble and os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"Training is not compiled, which is slower: {trouble}.", flush=True)
+    return "off" if trouble else "on"
+
+
+@contextmanager
+def room_or_a_line(config):
+    """Out of memory in the midst of training: a line, no traceback."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        fail(f"out of memory ({str(error).splitlines()[0]}): a larger --accum, the parts of a "
+             "batch, takes less, and the same command with it goes on from the last checkpoint in "
+             f"{config.out}", 1, every_rank=True)
 
 
 def open_folder(out, minutes, at_exit):
@@ -529,6 +554,8 @@ def train(config, rank, world, device, meet, at_exit):
     if config.recompute:
         recompute_blocks(model)
     if config.shard:
+        from torch.distributed.device_mesh import DeviceMesh
+        from torch.distributed.fsdp import fully_shard
         mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
         for part in [*residual_blocks(model), model, *residual_blocks(ema), ema]:
             fully_shard(part, mesh=mesh, reshard_after_forward=True)
@@ -783,8 +810,8 @@ def train(config, rank, world, device, meet, at_exit):
             bar.close()
             fail_for_pictures()
         if done % config.save_every == 0 or done == config.steps or stop:
-            parts = [part for parts in optimizer.state.values() for part in parts.values()]
-            sound = finite(shares([*model.parameters(), *ema.parameters(), *parts])).int().cpu()
+            moments = [part for state in optimizer.state.values() for part in state.values()]
+            sound = finite(shares([*model.parameters(), *ema.parameters(), *moments])).int().cpu()
             if ddp:
                 dist.all_reduce(sound, dist.ReduceOp.MIN, meet)
             if not sound:

@@ -1,0 +1,98 @@
+"""torch.compile: the same training and the same samples as uncompiled."""
+import os
+import re
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+import sample as sampling
+import train
+import uvit
+from test_all import HERE, PYTHON, SMALL, TORCHRUN, last_checkpoint, log_lines, one_line, run_script, run_train, same_to_rounding
+
+
+@pytest.mark.parametrize("flags", [["--recompute"], ["--shard", "--recompute"]], ids=["ddp", "shard"])
+def test_compiled_ranks_learn_what_plain_ones_learn(tmp_path, flags):
+    two = [*TORCHRUN, "--nproc_per_node=2", "train.py", *SMALL, "--text", "bytes", "--dropout", ".3", "--steps", "3"]
+    run_script(*two, "--out", tmp_path / "plain")
+    run_script(*two, *flags, "--compile", "on", "--out", tmp_path / "fast")
+    assert same_to_rounding(last_checkpoint(tmp_path / "plain"), last_checkpoint(tmp_path / "fast"))
+
+
+def test_compiled_code_keeps_a_share_of_the_activations_for_the_backward_pass(tmp_path, little):
+    kept = {}
+    for share in ("1", "0.2"):
+        torch._dynamo.reset()                               # else the first one's code serves the second, too
+        sizes = {}                                          # by address: a view is not counted again
+        hook = lambda tensor: sizes.update({tensor.data_ptr(): tensor.nbytes}) or tensor
+        with torch.autograd.graph.saved_tensors_hooks(hook, lambda tensor: tensor):
+            run_train(tmp_path / share, "--steps", "1", "--compile", "on", "--memory-budget", share)
+        kept[share] = sum(sizes.values())
+    assert kept["0.2"] < .8 * kept["1"], kept
+    one, other = (last_checkpoint(tmp_path / share) for share in kept)
+    assert same_to_rounding(one, other)
+
+
+def test_compiled_dropout_has_the_same_masks_in_the_backward_pass(tmp_path, little, monkeypatch, capsys):
+    """Where less than all activations are kept, torch draws them anew (pytorch #190758)."""
+    film, drop = torch.nn.Linear(8, 64), torch.nn.Dropout(.5)
+
+    def block(x, emb):
+        scale, shift = film(emb)[:, None].chunk(2, -1)
+        return drop(x * (1 + scale) + shift)
+    monkeypatch.setattr(torch._functorch.config, "activation_memory_budget", train.memory_budget(torch.nn.ModuleList([film, drop]), -1))
+    x, emb = torch.randn(2, 64, 32, requires_grad=True), torch.randn(2, 8, requires_grad=True)
+    y = torch.compile(block, options=train.compile_options(x.device))(x, emb)
+    y.sum().backward()
+    assert torch.equal(x.grad != 0, y != 0) and .3 < (y == 0).float().mean() < .7
+    assert [train.memory_budget(torch.nn.Dropout(p), wanted) for p, wanted in ((0, -1), (0, 0), (0, .3), (.1, -1), (.1, 1))] == [.6, 0, .3, 1, 1]
+    for wanted in (0, .5):
+        assert "must be 1 where there is dropout" in one_line(capsys, lambda _: train.memory_budget(torch.nn.Dropout(.1), wanted), [])
+    monkeypatch.setattr(uvit.UViT, "compile", lambda self, **options: None)
+    for p, budget in (("0.3", 1), ("0", .6)):
+        run_train(tmp_path / p, "--steps", "1", "--compile", "on", "--dropout", p)
+        assert torch._functorch.config.activation_memory_budget == budget
+
+
+def test_no_compiler_is_one_line(tmp_path, trained_run):
+    nothing = dict(CXX=str(tmp_path / "no"), CC=str(tmp_path / "no"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    for command in (["train.py", *SMALL, "--steps", "1", "--compile", "on"], ["sample.py", "--ckpt", trained_run / "model.pt", "--compile"]):
+        run = subprocess.run([*PYTHON, *map(str, command), "--out", str(tmp_path / "out")], cwd=HERE, env=os.environ | nothing, capture_output=True, text=True)
+        assert run.returncode == 1 and re.fullmatch(r"--compile( on)?: no compiler works here \(.*\); .* does without\n", run.stderr), run.stderr
+        assert not (tmp_path / "out").exists()
+
+
+def test_without_a_compiler_training_is_not_compiled_unless_it_was_asked_for(monkeypatch, capsys):
+    monkeypatch.setattr(train, "compiler_trouble", lambda device: "no compiler works here (no cl.exe)")
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [train.compile_here("", device) for device in (cuda, cpu)] == ["off", "off"]
+    assert capsys.readouterr().out == "Training is not compiled, which is slower: no compiler works here (no cl.exe).\n"
+    with pytest.raises(SystemExit):
+        train.compile_here("on", cuda)
+    monkeypatch.setattr(train, "compiler_trouble", lambda device: None)
+    assert [train.compile_here(*how) for how in (("", cuda), ("", cpu), ("on", cpu), ("off", cuda))] == ["on", "off", "on", "off"]
+
+
+def test_compiled_and_bf16_training_follows_the_plain_one(tmp_path, little):
+    run_train(tmp_path / "plain", "--steps", "4")
+    run_train(tmp_path / "fast", "--steps", "4", "--compile", "on", "--bf16", "on")
+    plain, fast = ([line["loss"] for line in log_lines(tmp_path / name)] for name in ("plain", "fast"))
+    assert np.allclose(plain, fast, rtol=.03)
+    assert set(last_checkpoint(tmp_path / "fast")["model"]) == set(last_checkpoint(tmp_path / "plain")["model"])
+
+
+def test_compiled_samples_are_the_plain_ones(tmp_path, trained_run, monkeypatch):
+    asked, honest = [], uvit.UViT.compile
+    monkeypatch.setattr(uvit.UViT, "compile", lambda self, **options: asked.append(options) or honest(self, **options))
+    monkeypatch.setattr(sampling, "pick_device", lambda: (torch.device("cpu"), False))
+    sizes, draw = [], sampling.sample
+    monkeypatch.setattr(sampling, "sample", lambda *args, **kwargs: sizes.append(len(args[4])) or draw(*args, **kwargs))
+    for name, flags in dict(plain=[], fast=["--compile"]).items():
+        sampling.main(["--ckpt", str(trained_run / "model.pt"), "--n", "3", "--batch", "2", "--steps", "3", "--guidance", "2", "--out", str(tmp_path / name), *flags])
+    plain, fast = (np.load(tmp_path / name / "samples.npz")["arr_0"].astype(int) for name in ("plain", "fast"))
+    assert np.abs(plain - fast).max() <= 1 and asked == [dict(mode="reduce-overhead", dynamic=False)]
+    assert sizes == [2, 1, 2, 2]                                # compiled for one size of batch
+    sampling.main(["--ckpt", str(trained_run / "model.pt"), "--n", "1", "--batch", "2", "--steps", "1", "--out", str(tmp_path / "one"), "--compile"])
+    assert sizes[4:] == [1]

@@ -1,0 +1,124 @@
+"""Runs that are killed, told to stop, or whose disk is full."""
+import contextlib
+import multiprocessing
+import os
+import re
+import signal
+import sys
+
+import pytest
+
+import checkpoint
+import train
+import uvit
+from helpers import LAUNCHERS, RUN, assert_same_run, full_disk, linux, processes, start_script, wait_for
+from test_all import LITTLE, PYTHON, SMALL, assert_same_bits, last_checkpoint, log_lines, one_line, run_script, run_train
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_killed_and_resumed_equals_unbroken_to_the_last_bit(tmp_path, unbroken, launcher):
+    command = [*LAUNCHERS[launcher], "train.py", *RUN, tmp_path]
+    killed = start_script(*command)
+    wait_for(lambda: (tmp_path / "ckpt-00000006.pt").exists(), killed)
+    for pid in processes(tmp_path):                     # torchrun and its ranks at once
+        os.kill(pid, signal.SIGKILL)
+    killed.wait()
+    assert last_checkpoint(tmp_path)["step"] < 16
+    assert re.search(r"steps (\d+) to 16", run_script(*command))[1] in ("6", "8", "10", "12", "14")
+    assert "done" in run_script(*command)               # and once more
+    assert_same_run(unbroken(launcher), tmp_path)
+    assert [(line["step"], line["loss"]) for line in log_lines(unbroken(launcher))] == \
+           [(line["step"], line["loss"]) for line in log_lines(tmp_path)]
+
+
+@linux
+@pytest.mark.parametrize("told, flags", [(signal.SIGTERM, []), (signal.SIGINT, ["--workers", "2"])], ids=["SIGTERM", "Ctrl-C"])
+def test_sigterm_and_ctrl_c_save_and_leave_with_code_0_within_one_step(tmp_path, unbroken, told, flags):
+    command = [*PYTHON, "train.py", *RUN, tmp_path, *flags]
+    run = start_script(*command, "--save-every", "1000")
+    wait_for(lambda: "loss=" in run.said(), run)
+    os.killpg(run.pid, told)
+    before = len(log_lines(tmp_path))
+    assert run.wait(30) == 0 and "Traceback" not in run.said()
+    step = checkpoint.read(tmp_path / "model.pt")["step"]
+    assert before <= step <= before + 2 and f"stopped and saved at step {step}: the same command goes on" in run.said()
+    wait_for(lambda: not processes(tmp_path), seconds=10)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [f"ckpt-{step:08d}.pt", "log.jsonl", "model.pt"]
+    run_script(*command)
+    assert_same_run(unbroken("one process"), tmp_path)
+
+
+def test_sigterm_does_not_wait_for_the_report(tmp_path, little, monkeypatch, capsys):
+    honest = train.sample
+
+    def told(model, *more, **options):
+        signal.raise_signal(signal.SIGTERM)
+        return honest(model, *more, **options)
+    monkeypatch.setattr(train, "sample", told)
+    assert run_train(tmp_path, "--steps", "9", "--sample-every", "2")["step"] == 3
+    assert "stopped and saved at step 3" in capsys.readouterr().out and not list(tmp_path.glob("grid*"))
+    monkeypatch.setattr(train, "sample", lambda model, *more, **options: signal.raise_signal(signal.SIGTERM) or honest(model, *more, **options))
+    assert run_train(tmp_path, "--steps", "4", "--sample-every", "2")["step"] == 4 and not list(tmp_path.glob("grid*"))
+    monkeypatch.setattr(train, "sample", honest)
+    run_train(tmp_path, "--steps", "4", "--sample-every", "2")              # nothing left to do but the report
+    assert [file.name for file in sorted(tmp_path.glob("grid*"))] == ["grid-0000004.png", "grid.png"]
+    assert len(log_lines(tmp_path, "loss_by_noise_level")) == 1
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_one_command_at_a_time_trains_in_a_folder(tmp_path, little, capsys, monkeypatch):
+    (tmp_path / "run").mkdir()
+    held = checkpoint.lock(tmp_path / "run/log.jsonl")
+    monkeypatch.setattr(train, "lock", lambda path, patience: checkpoint.lock(path, patience=0))
+    error = one_line(capsys, train.main, [*SMALL, "--steps", "1", "--out", tmp_path / "run"])
+    assert error == f"--out {tmp_path}/run: another process trains there; end that, or give a new --out\n"
+    held.close()
+    run_train(tmp_path / "run", "--steps", "1")
+
+
+def test_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on(tmp_path, little, monkeypatch, capsys):
+    unbroken = run_train(tmp_path / "unbroken", "--steps", "5", "--save-every", "1")
+    honest = train.write
+
+    def write(path, write_to):
+        full = re.search("ckpt-0000000[34]", str(path))
+        with full_disk() if full else contextlib.nullcontext():
+            honest(path, write_to)
+        assert not list(tmp_path.glob("run/*.part"))
+    monkeypatch.setattr(train, "write", write)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:             # the last save fails: nothing is done yet
+        run_train(tmp_path / "run", "--steps", "4", "--save-every", "1")
+    said = capsys.readouterr()
+    assert stop.value.code == 1 and said.err.splitlines()[-1] == f"step 4: not saved; the last good checkpoint is " \
+        f"{tmp_path}/run/ckpt-00000002.pt, and the same command goes on from there"
+    lines = [line for line in said.out.splitlines() if "File too large" in line]
+    assert len(lines) == 2 and lines[0].startswith("step 3: ") and lines[0].endswith("the run goes on and will try again")
+    assert [file.name for file in sorted(tmp_path.glob("run/ckpt*"))] == ["ckpt-00000001.pt", "ckpt-00000002.pt"]
+    assert_same_bits(checkpoint.read(tmp_path / "run/ckpt-00000002.pt")["step"], 2)
+    monkeypatch.undo()
+    monkeypatch.setitem(uvit.PRESETS, "tiny", LITTLE)
+    resumed = run_train(tmp_path / "run", "--steps", "5", "--save-every", "1")
+    for part in ("step", "model", "ema", "optimizer"):
+        assert_same_bits(unbroken[part], resumed[part])
+
+
+@linux
+def test_ctrl_c_saves_even_if_the_reader_of_the_output_is_gone(tmp_path):
+    shell = f"{sys.executable} train.py {' '.join(RUN)} {tmp_path}/run --save-every 99 2>&1 | tee {tmp_path}/log > /dev/null"
+    run = start_script("sh", "-c", shell)
+    wait_for(lambda: (tmp_path / "log").exists() and "loss=" in (tmp_path / "log").read_text(), run)
+    os.killpg(run.pid, signal.SIGINT)
+    wait_for(lambda: (tmp_path / "run/model.pt").exists() and not processes(tmp_path))
+    assert checkpoint.read(tmp_path / "run/model.pt")["step"] == last_checkpoint(tmp_path / "run")["step"] < 16
+
+
+def test_run_leaves_no_file_process_or_open_file_behind(tmp_path, little):
+    run_train(tmp_path / "first", "--steps", "2", "--workers", "1", "--sample-every", "1", "--save-every", "1")
+    before = os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []
+    run_train(tmp_path / "run", "--steps", "6", "--workers", "2", "--sample-every", "2", "--save-every", "1")
+    assert len(os.listdir("/proc/self/fd") if before else []) <= len(before)
+    assert not multiprocessing.active_children() and not list(tmp_path.rglob("*.part"))
+    (tmp_path / "run/ckpt-00000007.pt.part").write_bytes(b"left by a kill")
+    run_train(tmp_path / "run", "--steps", "7")
+    assert not list(tmp_path.rglob("*.part"))
