@@ -18,22 +18,25 @@ from schedule import logsnr_schedule, sides
 from uvit import PRESETS, residual_blocks
 
 BASE = 0.5e9                # bytes for decoded pictures, the picture grid and the like
-BACKWARD = 1.1              # peak of the backward pass, in parts of what was kept for it
 BF16, COMPILED = 0.75, 0.5  # what is kept under autocast, by compiled code: of float32, of eager
 ASSUMED = 8 << 30           # bytes of RAM where the system does not say (Windows)
 # Parts of what is available: what a batch may take, and what one picture at a time may. RAM is
 # shared with other programs, and whoever takes too much of it is killed; a GPU reports an error.
 COMFORT = {"cuda": 0.92, "mps": 0.5, "cpu": 0.5}
 LIMIT = {"cuda": 1.0, "mps": 0.9, "cpu": 0.9}
+# Peak of the backward pass over what was kept for it: a CPU's convolutions work on copies.
+BACKWARD = {"cuda": 1.1, "mps": 1.4, "cpu": 1.4}
 RAISES = {"cuda", "mps"}    # devices where running out of memory can be caught
 
 
 # ---------------------------------------------------------------------------- what there is
 
-def read_number(file):
+def read_number(file, after=None):
+    """The number in a file, or behind the word `after` in it; None if there is none, or "max"."""
     try:
-        return int(Path(file).read_text())
-    except (OSError, ValueError):           # no such file, or "max"
+        words = Path(file).read_text().split()
+        return int(words[words.index(after) + 1 if after else 0])
+    except (OSError, ValueError, IndexError):
         return None
 
 
@@ -53,8 +56,7 @@ def cgroup_room(root="/sys/fs/cgroup", of="/proc/self/cgroup"):
         for folder in (group, *group.parents):      # a limit holds for all groups inside, too
             most, used = read_number(folder / limit), read_number(folder / usage)
             if most is not None and used is not None:
-                stat = (folder / "memory.stat").read_text().split()
-                reclaimable = int(stat[stat.index(cache) + 1]) if cache in stat else 0
+                reclaimable = read_number(folder / "memory.stat", cache) or 0
                 room.append(most - used + reclaimable)
             if folder == top:
                 break
@@ -63,15 +65,13 @@ def cgroup_room(root="/sys/fs/cgroup", of="/proc/self/cgroup"):
 
 def ram():
     """Bytes of RAM that may still be used."""
-    try:
-        lines = Path("/proc/meminfo").read_text().split()
-        free = int(lines[lines.index("MemAvailable:") + 1]) * 1024
-    except (OSError, ValueError):
-        try:                                # macOS names only what there is in all
-            free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (AttributeError, OSError, ValueError):
-            free = ASSUMED
-    return max(0, min(free, cgroup_room()))
+    free = read_number("/proc/meminfo", "MemAvailable:")        # in kB
+    if free is not None:
+        return max(0, min(free * 1024, cgroup_room()))
+    try:                                    # macOS names only what there is in all
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return ASSUMED
 
 
 def available(device):
@@ -127,12 +127,12 @@ def kept_of_a_picture(model, config):
     return size(kept) + largest
 
 
-def needed(config, classes, world=1):
+def needed(config, classes, world, device_type):
     """A configuration (a dict) -> bytes whatever the batch, bytes a picture, number of weights."""
     with torch.device("meta"):
         model = network(config, classes)
     weights, bf16 = sum(weight.numel() for weight in model.parameters()), config["bf16"] == "on"
-    each = kept_of_a_picture(model, config) * BACKWARD
+    each = kept_of_a_picture(model, config) * BACKWARD[device_type]
     each *= (BF16 if bf16 else 1) * (COMPILED if config["compile"] == "on" else 1)
     fixed = weights * (22 if bf16 else 20) / (world if config["shard"] else 1)
     return BASE + fixed, each, weights
@@ -149,17 +149,20 @@ def parts_that_fit(config, classes, world, device):
     Raises ValueError, one line, if not even one picture at a time fits.
     """
     share, free = config["batch"] // world, available(device)
-    fixed, each, weights = needed(config, classes, world)
-    at_a_time = max(1, int((COMFORT[device.type] * free - fixed) / each))
+    kind = device.type
+    fixed, each, weights = needed(config, classes, world, kind)
+    at_a_time = max(1, int((COMFORT[kind] * free - fixed) / each))
     parts, gb = divisor(share, -(-share // at_a_time)), 1e9
-    if fixed + each <= LIMIT[device.type] * free:
+    if fixed + each <= LIMIT[kind] * free:
         return parts, (f"one picture takes about {each / gb:.2g} GB, all else {fixed / gb:.2g}, "
                        f"and {free / gb:.3g} GB are free")
-    smaller = [dict(model=name) for name in [*PRESETS][:[*PRESETS].index(config["model"])]]
+    models = [*PRESETS]
+    smaller = models[:models.index(config["model"])]
+    changes = [dict(recompute=True)] + [dict(shard=True)] * (world > 1)
     would = []
-    for change in [dict(recompute=True), dict(shard=True)][:world] + smaller[::-1]:
-        fixed_then, each_then, _ = needed(config | change, classes, world)
-        if fixed_then + each_then <= LIMIT[device.type] * free:
+    for change in changes + [dict(model=name) for name in reversed(smaller)]:
+        fixed_then, each_then, _ = needed(config | change, classes, world, kind)
+        if fixed_then + each_then <= LIMIT[kind] * free:
             would += [f"--{name}" if value is True else f"--{name} {value}"
                       for name, value in change.items()]
             if "model" in change:
@@ -181,13 +184,12 @@ def rehearse(model, config, logsnr, label, count, reserve):
     label: (1, 2 + L), the condition of one picture; reserve: bytes that the optimizer will need.
     """
     device = label.device
-    x = t = held = None
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config["bf16"] == "on")
     try:
-        held = torch.empty(reserve, dtype=torch.uint8, device=device)
-        x, t = torch.zeros(count, 3, *sides(config["res"]), device=device), \
-            torch.full((count,), .5, device=device)
-        bf16 = torch.autocast(device.type, torch.bfloat16, enabled=config["bf16"] == "on")
-        with bf16:
+        _reserved = torch.empty(reserve, dtype=torch.uint8, device=device)
+        x = torch.zeros(count, 3, *sides(config["res"]), device=device)
+        t = torch.full((count,), .5, device=device)
+        with autocast:
             loss = diffusion_loss(model, x, t, torch.zeros_like(x), logsnr,
                                   label.expand(count, -1), config["loss"],
                                   config["multiscale"] == "on", config["bias"])

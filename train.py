@@ -294,7 +294,7 @@ def main(argv=None):
         fail("--shard: shares the model among ranks, which torchrun starts: see the README")
     config.bf16 = config.bf16 or ("on" if has_bf16 else "off")
     config.compile = compile_here(config.compile, device)
-    with ExitStack() as at_exit, room_or_a_line(config):
+    with room_or_a_line(config), ExitStack() as at_exit:
         if "RANK" not in os.environ:
             return train(config, 0, 1, device, None, at_exit)
 
@@ -725,6 +725,7 @@ def train(config, rank, world, device, meet, at_exit):
     model.train()
     multiscale = config.multiscale == "on"
     bar = tqdm(total=config.steps, initial=start, disable=not master, unit="step")
+    at_exit.callback(bar.close)
     total = torch.zeros(2, device=device)   # sum and number of the losses since the last log line
     in_a_row, most_in_a_row = (torch.zeros((), device=device) for _ in range(2))
     news = torch.zeros((), pin_memory=cuda)

@@ -12,17 +12,35 @@ import train
 import uvit
 from test_all import HERE, PYTHON, SMALL, TORCHRUN, last_checkpoint, log_lines, one_line, run_script, run_train, same_to_rounding
 
+FEW = "--res 16 --blocks-16 1".split()      # the fewest kinds of kernel: each costs the C++ compiler a second
+compile_by_inductor = torch.compile
+
+
+def compile_in_python(function=None, options=None, **rest):
+    """torch.compile up to the graphs of the forward and the backward pass, which then run without a C++ compiler."""
+    return compile_by_inductor(function, backend="aot_eager_decomp_partition", **rest)
+
 
 @pytest.mark.parametrize("flags", [["--recompute"], ["--shard", "--recompute"]], ids=["ddp", "shard"])
 def test_compiled_ranks_learn_what_plain_ones_learn(tmp_path, flags):
-    two = [*TORCHRUN, "--nproc_per_node=2", "train.py", *SMALL, "--text", "bytes", "--dropout", ".3", "--steps", "3"]
+    script = tmp_path / "in_python.py"
+    script.write_text(f"""
+import sys
+sys.path[:0] = [{str(HERE)!r}, {str(HERE / "tests")!r}]
+import torch, test_compiled, train
+torch.compile = test_compiled.compile_in_python
+train.main()
+train.dist.destroy_process_group()
+""")
+    two = [*TORCHRUN, "--nproc_per_node=2", script, *SMALL, "--blocks-16", "1", "--dropout", ".3", "--steps", "3"]
     run_script(*two, "--out", tmp_path / "plain")
     run_script(*two, *flags, "--compile", "on", "--out", tmp_path / "fast")
     assert same_to_rounding(last_checkpoint(tmp_path / "plain"), last_checkpoint(tmp_path / "fast"))
 
 
-def test_compiled_code_keeps_a_share_of_the_activations_for_the_backward_pass(tmp_path, little):
+def test_compiled_code_keeps_a_share_of_the_activations_for_the_backward_pass(tmp_path, little, monkeypatch):
     kept = {}
+    monkeypatch.setattr(torch, "compile", compile_in_python)
     for share in ("1", "0.2"):
         torch._dynamo.reset()                               # else the first one's code serves the second, too
         sizes = {}                                          # by address: a view is not counted again
@@ -76,23 +94,25 @@ def test_without_a_compiler_training_is_not_compiled_unless_it_was_asked_for(mon
 
 
 def test_compiled_and_bf16_training_follows_the_plain_one(tmp_path, little):
-    run_train(tmp_path / "plain", "--steps", "4")
-    run_train(tmp_path / "fast", "--steps", "4", "--compile", "on", "--bf16", "on")
+    run_train(tmp_path / "plain", *FEW, "--steps", "4")
+    run_train(tmp_path / "fast", *FEW, "--steps", "4", "--compile", "on", "--bf16", "on")
     plain, fast = ([line["loss"] for line in log_lines(tmp_path / name)] for name in ("plain", "fast"))
     assert np.allclose(plain, fast, rtol=.03)
     assert set(last_checkpoint(tmp_path / "fast")["model"]) == set(last_checkpoint(tmp_path / "plain")["model"])
 
 
-def test_compiled_samples_are_the_plain_ones(tmp_path, trained_run, monkeypatch):
+def test_compiled_samples_are_the_plain_ones(tmp_path, little, monkeypatch):
+    run_train(tmp_path / "run", *FEW, "--steps", "1")
+    ckpt = str(tmp_path / "run/model.pt")
     asked, honest = [], uvit.UViT.compile
     monkeypatch.setattr(uvit.UViT, "compile", lambda self, **options: asked.append(options) or honest(self, **options))
     monkeypatch.setattr(sampling, "pick_device", lambda: (torch.device("cpu"), False))
     sizes, draw = [], sampling.sample
     monkeypatch.setattr(sampling, "sample", lambda *args, **kwargs: sizes.append(len(args[4])) or draw(*args, **kwargs))
     for name, flags in dict(plain=[], fast=["--compile"]).items():
-        sampling.main(["--ckpt", str(trained_run / "model.pt"), "--n", "3", "--batch", "2", "--steps", "3", "--guidance", "2", "--out", str(tmp_path / name), *flags])
+        sampling.main(["--ckpt", ckpt, "--n", "3", "--batch", "2", "--steps", "3", "--guidance", "2", "--out", str(tmp_path / name), *flags])
     plain, fast = (np.load(tmp_path / name / "samples.npz")["arr_0"].astype(int) for name in ("plain", "fast"))
     assert np.abs(plain - fast).max() <= 1 and asked == [dict(mode="reduce-overhead", dynamic=False)]
     assert sizes == [2, 1, 2, 2]                                # compiled for one size of batch
-    sampling.main(["--ckpt", str(trained_run / "model.pt"), "--n", "1", "--batch", "2", "--steps", "1", "--out", str(tmp_path / "one"), "--compile"])
+    sampling.main(["--ckpt", ckpt, "--n", "1", "--batch", "2", "--steps", "1", "--out", str(tmp_path / "one"), "--compile"])
     assert sizes[4:] == [1]
