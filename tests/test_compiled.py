@@ -2,6 +2,7 @@
 import os
 import re
 import subprocess
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,9 +17,9 @@ FEW = "--res 16 --blocks-16 1".split()      # the fewest kinds of kernel: each c
 compile_by_inductor = torch.compile
 
 
-def compile_in_python(function=None, options=None, **rest):
+def compile_in_python(function=None, backend="aot_eager", options=None, **rest):
     """torch.compile up to the graphs of the forward and the backward pass, which then run without a C++ compiler."""
-    return compile_by_inductor(function, backend="aot_eager_decomp_partition", **rest)
+    return compile_by_inductor(function, backend=backend, **rest)
 
 
 @pytest.mark.parametrize("flags", [["--recompute"], ["--shard", "--recompute"]], ids=["ddp", "shard"])
@@ -40,7 +41,7 @@ train.dist.destroy_process_group()
 
 def test_compiled_code_keeps_a_share_of_the_activations_for_the_backward_pass(tmp_path, little, monkeypatch):
     kept = {}
-    monkeypatch.setattr(torch, "compile", compile_in_python)
+    monkeypatch.setattr(torch, "compile", partial(compile_in_python, backend="aot_eager_decomp_partition"))
     for share in ("1", "0.2"):
         torch._dynamo.reset()                               # else the first one's code serves the second, too
         sizes = {}                                          # by address: a view is not counted again
