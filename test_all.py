@@ -551,6 +551,17 @@ def test_every_patch_keeps_the_shape_and_gives_every_weight_a_gradient(patch):
     assert not [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
 
 
+def test_inverse_wavelet_is_in_float32_under_autocast():
+    """In bfloat16, of 8 bits, the picture put together from its bands would be rounded once more."""
+    model = small_uvit(160)
+    with torch.no_grad():
+        for p in model.project_out.parameters():
+            p.normal_()
+        with torch.autocast("cpu", torch.bfloat16):
+            v_hat = model(torch.randn(1, 3, 160, 160), torch.zeros(1))
+    assert model.levels == 1 and v_hat.dtype == torch.float32 and not torch.equal(v_hat, v_hat.bfloat16().float())
+
+
 def test_upsampling_makes_each_value_a_square():
     h = torch.randn(2, 3, 4, 5)
     assert torch.equal(uvit.Upsample()(h), F.interpolate(h, scale_factor=2, mode="nearest"))
@@ -959,6 +970,18 @@ def test_first_step_is_adam_with_warm_up_and_clipping(tmp_path, little):
     assert math.isclose(math.sqrt(sum(s["exp_avg"].square().sum().item() for s in state)), .1 * .25, rel_tol=1e-3)
     second_moment = sum(s["exp_avg_sq"].sum().item() for s in state)
     assert math.isclose(second_moment, (1 - .99) * .25**2, rel_tol=1e-3)
+
+
+def test_adams_eps_is_1e_12(tmp_path, little):
+    """A step is lr g / (|g| + eps): with gradients of at most 1e-9, an eps of 1e-8 would hardly move the weights."""
+    saved = run_train(tmp_path, "--steps", "1", "--lr", "0.01", "--warmup", "1", "--clip", "1e-9")
+    torch.manual_seed(0)
+    start = sampling.network(saved["config"], 10).state_dict()
+    moved = torch.cat([(start[name] - saved["model"][name]).flatten() for name in start])
+    g = torch.cat([s["exp_avg"].flatten() for s in saved["optimizer"]["state"].values()]) / .1
+    large = g.abs() > 1e-12
+    assert large.sum() > 100
+    torch.testing.assert_close(moved[large], (.01 * g / (g.abs() + 1e-12))[large], rtol=.01, atol=1e-6)
 
 
 def test_run_folder_holds_two_checkpoints_model_log_and_grids(tmp_path, little):

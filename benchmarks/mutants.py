@@ -5,6 +5,7 @@
     python benchmarks/mutants.py survival     what a run survives, and what is refused
     python benchmarks/mutants.py words        captions, shapes, the U-Net, SiD2
     python benchmarks/mutants.py findings     scores, ablations, the paper's arguments, the film
+    python benchmarks/mutants.py anywhere     parts by the memory, the compiler, the default model
     python benchmarks/mutants.py words sid2   of these those that a test of sid2 is to notice
 
 Each row is one wrong sign, factor, argument or index, and the first test that it turns red. A row that
@@ -23,7 +24,7 @@ TESTS = ("schedule_ or schedules_ or shift_ or averaging or interpolated or vari
          "or picture_does_not or skip or mlp or attention or clock or bottom or average_pool or dropout_acts or label_and "
          "or every_patch or zero_at or preset or above_128")
 
-PYTEST = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", "test_all.py"]
+PYTEST = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", "test_all.py", "tests"]
 MUTANTS = [     # file, what stands there (once), what is put in its place
     ("schedule.py", "LOGSNR_MIN, LOGSNR_MAX = -15.0", "LOGSNR_MIN, LOGSNR_MAX = -14.0"),
     ("schedule.py", "LOGSNR_MAX = -15.0, 15.0", "LOGSNR_MAX = -15.0, 20.0"),
@@ -128,7 +129,7 @@ TRAINER_MUTANTS = [     # and the tests that may notice, since these take longer
     ("train.py", "diffusion_loss(net, x, t, eps, logsnr, label,", "diffusion_loss(model, x, t, eps, logsnr, label,", "ranks"),
     ("train.py", "yield range(first, first + micro)", "yield range(step * config.batch, step * config.batch + micro)", "accumulation"),
     ("train.py", "draw_noise(config.seed, first, micro, config.res, device)", "draw_noise(config.seed, step, micro, config.res, device)", "ranks or accumulation"),
-    ("train.py", "(loss / config.accum).backward()", "loss.backward()", "accumulation"),
+    ("train.py", "(loss / parts).backward()", "loss.backward()", "accumulation"),
     ("train.py", "optimizer.load_state_dict(dict(state=state, param_groups=groups))", "pass", "killed"),
     ("train.py", "ema.load_state_dict(shared_as(ema.state_dict(), saved[\"ema\"]))", "pass", "killed"),
     ("train.py", "seed_of(DROPOUT, config.seed, step, rank)", "seed_of(DROPOUT, config.seed, step - start, rank)", "killed"),
@@ -193,11 +194,11 @@ SURVIVAL_MUTANTS = [
     ("data.py", "top = 1 if most <= 1.5 else", "top = 1 if most <= 1 else", "every_kind"),
     ("data.py", "np.nan_to_num(deep, nan=0)", "np.nan_to_num(deep, nan=9e9)", "every_kind"),
     ("data.py", ".clip(0, 65535)\n", ".clip(0, 255)\n", "every_kind"),
-    ("train.py", "            block.forward = partial(checkpoint, block.forward, use_reentrant=False)", "            pass", "recompute"),
+    ("memory.py", "        block.forward = partial(checkpoint, block.forward, use_reentrant=False)", "        pass", "recompute"),
     ("train.py", "activation_memory_budget = budget", "activation_memory_budget = 1", "keeps_a_share"),
     ("train.py", "return 1.0 if drops else", "return", "same_masks"),
-    ("train.py", "        check_compiler(device, \"--compile off\")\n", "        pass\n", "no_compiler"),
-    ("sample.py", "        check_compiler(device, \"the same command without --compile\")\n", "        pass\n", "no_compiler"),
+    ("train.py", "if trouble and wanted == \"on\":", "if False:", "without_a_compiler"),
+    ("sample.py", "        trouble = compiler_trouble(device)\n", "        trouble = None\n", "no_compiler"),
     ("train.py", "\"fallback_random\": True", "\"fallback_random\": False", "compiled_ranks"),
     ("sample.py", "min(args.batch, args.n) if", "args.batch if", "compiled_samples"),
     ("sample.py", "if args.compile else len(indices)", "if False else len(indices)", "compiled_samples"),
@@ -298,7 +299,7 @@ WORDS_MUTANTS = [
     ("train.py", "config.seed, config.flip, **told)", "config.seed, True, **told)", "reach_the_loader"),
     ("train.py", "row = config.net if", "row = config.model if", "res_and_model"),
     ("train.py", "\"on\" if large else \"off\"", "\"off\"", "res_and_model"),
-    ("train.py", "\"tiny\" if side(config.res) <= 64 else \"base\"", "\"tiny\"", "res_and_model"),
+    ("train.py", "return \"base\" if cuda and", "return \"tiny\" if cuda and", "res_and_model"),
     ("train.py", "(i % max(classes, 1), 0) for i in mine", "(0, 0) for i in mine", "reach_the_loader"),
     ("text.py", "h.last_hidden_state.float()", "h.last_hidden_state", "t5"),
     ("data.py", "        except Exception as error:          # as a picture's: whatever the disk raises\n            raise ValueError(f\"its caption {beside}: {reason(error)}\")",
@@ -345,8 +346,8 @@ FINDINGS_MUTANTS = [
     ("sample.py", "unseen = args.film and start == 0 and not", "unseen = False and not", "film"),
     ("benchmarks/score.py", "finest[0] - finest[1]", "finest[1] - finest[0]", "detail"),
     ("benchmarks/score.py", "y.square()).sqrt() / .5", "y.square()).sqrt() / .25", "octaves"),
-    ("benchmarks/score.py", "B.trace() - 2 * root", "B.trace() - root", "octaves"),
-    ("benchmarks/score.py", "(apart / B.trace())", "apart", "octaves"),
+    ("benchmarks/score.py", "trace_b - 2 * root", "trace_b - root", "octaves"),
+    ("benchmarks/score.py", "(apart / trace_b)", "apart", "octaves"),
     ("benchmarks/score.py", "clamp(min=1e-6 * spread.max()).sqrt()", "clamp(min=1e-6 * spread.max())", "octaves"),
     ("benchmarks/ablations.py", "level - 2 * math.log(2**halvings(res))", "level - math.log(2**halvings(res))", "ablations"),
     ("benchmarks/ablations.py", "structure(error).square", "error.square", "ablations"),
@@ -399,6 +400,40 @@ FINDINGS_MUTANTS = [
     ("sample.py", "(\"words.pt\" if args.prompt else \"flowers.pt\")", "\"words.pt\"", "without_a_run"),
 ]
 
+ANYWHERE_MUTANTS = [
+    ("uvit.py", "return idwt(h.float(), self.levels)", "return idwt(h, self.levels)", "inverse_wavelet"),
+    ("train.py", "eps=1e-12", "eps=1e-8", "adams_eps"),
+    ("memory.py", "(inside[-1] if inside else kept)[storage]", "kept[storage]", "recomputed_blocks"),
+    ("memory.py", "return size(kept) + largest", "return size(kept)", "recomputed_blocks"),
+    ("memory.py", "largest = max(largest, size(inside.pop()))", "largest += size(inside.pop())", "recomputed_blocks"),
+    ("memory.py", "22 if bf16 else 20", "20", "20_bytes"),
+    ("memory.py", "(BF16 if bf16 else 1) * ", "", "20_bytes"),
+    ("memory.py", "(world if config[\"shard\"] else 1)", "world", "20_bytes or twice_the_parts"),
+    ("memory.py", "room.append(most - used + reclaimable)", "room.append(most - used)", "control_groups"),
+    ("memory.py", "in (group, *group.parents)", "in (group,)", "control_groups"),
+    ("memory.py", "\"memory.usage_in_bytes\", \"total_inactive_file\"", "\"memory.usage_in_bytes\", \"inactive_file\"", "control_groups"),
+    ("memory.py", "min(free * 1024, cgroup_room())", "free * 1024", "ram_is"),
+    ("memory.py", "ram() // int(os.environ.get(\"LOCAL_WORLD_SIZE\", 1))", "ram()", "ram_is"),
+    ("memory.py", "-(-share // at_a_time)", "share // at_a_time", "parts_are"),
+    ("memory.py", "share, free = config[\"batch\"] // world", "share, free = config[\"batch\"]", "parts_are"),
+    ("memory.py", "\"mps\": 0.5, \"cpu\": 0.5}", "\"mps\": 0.5, \"cpu\": 0.9}", "parts_are"),
+    ("memory.py", "    if fixed + each <= LIMIT", "    if each <= LIMIT", "does_not_fit or parts_are"),
+    ("memory.py", "for name in reversed(smaller)", "for name in smaller", "does_not_fit"),
+    ("memory.py", "or \"out of memory\" in str(error)", "", "not_even_one"),
+    ("train.py", "max(every)[:2]", "mine[:2]", "twice_the_parts"),
+    ("train.py", "dist.all_reduce(fits, dist.ReduceOp.MIN, meet)", "pass", "twice_the_parts"),
+    ("train.py", "divisor(share, 2 * parts)", "share", "twice_the_parts"),
+    ("train.py", "at_a_time < share // parts", "at_a_time > share // parts", "two_parts_or_eight"),
+    ("train.py", "(loss / parts).backward()", "(loss / 2).backward()", "two_parts_or_eight"),
+    ("train.py", "not wanted and device.type != \"cuda\"", "not wanted", "without_a_compiler"),
+    ("train.py", "return \"off\" if trouble else \"on\"", "return \"on\"", "without_a_compiler"),
+    ("train.py", "default_model(config.res, has_cuda())", "default_model(config.res, True)", "tiny_without_cuda"),
+    ("train.py", "done in (1, config.steps) or stop", "done == config.steps or stop", "log_begins"),
+    ("train.py", "done in (FIRST_REPORT, config.steps)", "done == config.steps", "log_begins"),
+    ("benchmarks/score.py", "/ max(1, len(f) - 1) ** .5", "/ len(f) ** .5", "octaves"),
+    ("benchmarks/score.py", "torch.linalg.svdvals(x @ y.T)", "torch.linalg.svdvals(x @ y.T).square()", "octaves"),
+]
+
 
 def main(mutants):
     survived = 0
@@ -409,7 +444,8 @@ def main(mutants):
         with tempfile.TemporaryDirectory() as folder:
             for source in [*HERE.glob("*.py"), HERE / "LICENSE"]:
                 shutil.copy(source, folder)
-            shutil.copytree(HERE / "benchmarks", Path(folder, "benchmarks"))
+            for part in ("benchmarks", "tests"):
+                shutil.copytree(HERE / part, Path(folder, part), ignore=shutil.ignore_patterns("__pycache__"))
             Path(folder, "assets").symlink_to(HERE / "assets")
             target = Path(folder, file)
             text = target.read_text()
@@ -417,7 +453,7 @@ def main(mutants):
             target.write_text(text.replace(old, new))
             run = subprocess.run([*PYTEST, "-k", tests], cwd=folder, capture_output=True, text=True)
         assert re.search(r"\d (passed|failed)", run.stdout), f"no test ran:\n{run.stdout}{run.stderr}"
-        red = re.search(r"FAILED test_all.py::(\S+)", run.stdout)
+        red = re.search(r"FAILED \S+::(\S+)", run.stdout)
         survived += red is None
         print(f"{file:12s} {old.strip()!r} -> {new.strip()!r}: {red[1] if red else 'SURVIVED'}", flush=True)
     print(f"{len(mutants)} mutants, {len(mutants) - survived} killed, {survived} survived")
@@ -425,7 +461,8 @@ def main(mutants):
 
 
 LISTS = dict(formulas=[(*mutant, TESTS) for mutant in MUTANTS], trainer=TRAINER_MUTANTS,
-             survival=SURVIVAL_MUTANTS, words=WORDS_MUTANTS, findings=FINDINGS_MUTANTS)
+             survival=SURVIVAL_MUTANTS, words=WORDS_MUTANTS, findings=FINDINGS_MUTANTS,
+             anywhere=ANYWHERE_MUTANTS)
 
 if __name__ == "__main__":
     name, only = sys.argv[1:] + ["formulas", ""][len(sys.argv) - 1:]

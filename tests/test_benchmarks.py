@@ -121,6 +121,15 @@ def test_octaves_are_those_of_waves_and_the_distance_that_of_gaussians():
     scale, shift = torch.tensor([1., 2., 3.]), torch.tensor([0., 1., 0.])
     exact = (shift.square() + (scale - 1).square()).sum() / 3                   # |mu|^2 + sum of (s_a - s_b)^2, over tr B
     assert abs(score.frechet(a * scale + shift, b) - exact) < .1 and score.frechet(b, b) < 1e-6
+    for count in (1, 2, 201):                                                   # copies of one picture, or fewer than features: no spread to compare
+        copies = a[:1].expand(count, -1)
+        exact = ((a[0] - b.mean(0)).square().sum() + b.var(0).sum()) / b.var(0).sum()
+        assert math.isclose(score.frechet(copies, b), exact, rel_tol=1e-9) and math.isclose(score.frechet(copies, torch.cat([b, b[:5]])), exact, rel_tol=.01)
+    few, wide = torch.randn(7, 40, dtype=torch.double), torch.randn(9, 40, dtype=torch.double)      # singular covariances: by symmetric roots
+    root = lambda matrix: (lambda spread, axes: axes * spread.clamp(min=0).sqrt() @ axes.T)(*torch.linalg.eigh(matrix))
+    A, B = torch.cov(few.T), torch.cov(wide.T)
+    exact = ((few.mean(0) - wide.mean(0)).square().sum() + A.trace() + B.trace() - 2 * root(root(B) @ A @ root(B)).trace()) / B.trace()
+    assert math.isclose(score.frechet(few, wide), exact, rel_tol=1e-6) and abs(score.frechet(few, few)) < 1e-12
     turned = torch.linalg.qr(torch.randn(3, 3, dtype=torch.double))[0] * torch.tensor([.1, 1., 10.])
     assert abs(score.frechet(*score.whiten(a @ turned, b @ turned)) - score.frechet(*score.whiten(a, b))) < 1e-6
 
