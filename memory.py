@@ -26,6 +26,7 @@ COMFORT = {"cuda": 0.92, "mps": 0.5, "cpu": 0.5}
 LIMIT = {"cuda": 1.0, "mps": 0.9, "cpu": 0.9}
 # Peak of the backward pass over what was kept for it: a CPU's convolutions work on copies.
 BACKWARD = {"cuda": 1.1, "mps": 1.4, "cpu": 1.4}
+CPU_PART = 1.5e9            # bytes: a CPU is no faster with more at a time, and slower with many GB
 RAISES = {"cuda", "mps"}    # devices where running out of memory can be caught
 
 
@@ -151,11 +152,13 @@ def parts_that_fit(config, classes, world, device):
     share, free = config["batch"] // world, available(device)
     kind = device.type
     fixed, each, weights = needed(config, classes, world, kind)
-    at_a_time = max(1, int((COMFORT[kind] * free - fixed) / each))
-    parts, gb = divisor(share, -(-share // at_a_time)), 1e9
+    room, gb = COMFORT[kind] * free - fixed, 1e9
+    why = (f"one takes about {each / gb:.2g} GB, all else {fixed / gb:.2g}, and {free / gb:.3g} GB "
+           "are free")
+    if kind == "cpu" and room > CPU_PART:
+        room, why = CPU_PART, f"one takes about {each / gb:.2g} GB, and a CPU is no faster with more"
     if fixed + each <= LIMIT[kind] * free:
-        return parts, (f"one picture takes about {each / gb:.2g} GB, all else {fixed / gb:.2g}, "
-                       f"and {free / gb:.3g} GB are free")
+        return divisor(share, -(-share // max(1, int(room / each)))), why
     models = [*PRESETS]
     smaller = models[:models.index(config["model"])]
     changes = [dict(recompute=True)] + [dict(shard=True)] * (world > 1)

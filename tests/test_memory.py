@@ -103,10 +103,12 @@ def fit(monkeypatch, free, batch=256, world=1, device="cpu", fixed=1 * GB, each=
 
 
 def test_parts_are_the_fewest_that_fit(monkeypatch):
-    """A CPU gives half of what is free: the rest is other programs'."""
+    """A CPU gives half of what is free, for the rest is other programs', and no more than pays."""
+    assert [fit(monkeypatch, 60, each=each) for each in (.005 * GB, .01 * GB, .1 * GB, 2 * GB)] == [1, 2, 32, 256]
+    monkeypatch.setattr(memory, "CPU_PART", 1e12)
     assert [fit(monkeypatch, free) for free in (60, 50, 24, 8, 2.6, 2.2)] == [1, 2, 4, 16, 128, 256]
     assert [fit(monkeypatch, 8, batch, world) for batch, world in ((30, 1), (31, 1), (60, 2), (62, 2))] == [1, 31, 1, 31]
-    assert [fit(monkeypatch, free, device="cuda") for free in (80, 29, 24, 8)] == [1, 1, 2, 8]
+    assert [fit(monkeypatch, free, device="cuda") for free in (800, 80, 29, 24, 8)] == [1, 1, 1, 2, 8]
     with pytest.raises(ValueError):
         fit(monkeypatch, 1.2)
 
@@ -133,7 +135,7 @@ def test_two_parts_or_eight_are_the_same_weights_and_a_resumed_run_keeps_its_par
     for at_a_time in (8, 2):
         monkeypatch.setattr(memory, "available", free(at_a_time))
         saved[at_a_time] = run_train(tmp_path / str(at_a_time), *train_auto, "3")
-        assert f"Pictures at a time: {at_a_time} of 16 (one picture takes about" in capsys.readouterr().out
+        assert f"Pictures at a time: {at_a_time} of 16 (one takes about" in capsys.readouterr().out
         assert saved[at_a_time]["at_a_time"] == at_a_time
     assert same_to_rounding(saved[8], saved[2]) and not all(torch.equal(*both) for both in zip(*(run["model"].values() for run in saved.values())))
     run_train(tmp_path / "run", *train_auto, "2")
