@@ -370,9 +370,9 @@ def open_folder(out, settings, pictures, named):
 
 def main(argv=None):
     args = parse_args(argv)
-    found = filter(os.path.isfile, glob.glob("runs/*/model.pt"))
+    runs = list(filter(os.path.isfile, glob.glob("runs/*/model.pt")))
     released = Path(__file__).parent / "assets" / ("words.pt" if args.prompt else "flowers.pt")
-    ckpt = args.ckpt or max(found, key=os.path.getmtime, default=released)
+    ckpt = args.ckpt or max(runs, key=os.path.getmtime, default=released)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, bf16 = pick_device()
     try:
@@ -385,6 +385,9 @@ def main(argv=None):
             fail(f"--compile: {trouble}; the same command without --compile does without", 1)
         model.compile(mode="reduce-overhead", dynamic=False)
     config, classes = saved["config"], saved["classes"]
+    if rank == 0 and not args.ckpt:
+        which = f"the newest of {len(runs)} runs" if runs else "the bundled weights"
+        print(f"Model: {ckpt}, {which} (--ckpt FILE takes another).", flush=True)
     schedule = args.schedule or config["schedule"]
     logsnr = logsnr_schedule(schedule, config["res"], config["noise_d"])
 

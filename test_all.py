@@ -1,9 +1,10 @@
 """Every formula against an independent oracle, every promise of the README against a run.
 
-    pytest test_all.py            about ten minutes on two CPU cores
+    pytest test_all.py            the paper and the trainer: about a minute on two CPU cores
+    pytest tests                  the machine around them: about ten minutes
 
 A test's name is a sentence of the paper or a promise of ours. benchmarks/mutants.py breaks the
-formulas one at a time and shows which of these turns red.
+code one line at a time and shows which of these turns red.
 """
 import json
 import math

@@ -24,6 +24,7 @@ has power only at multiples of their number k: the centre is where that is most 
 import math
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,7 @@ from sample import Parser, Steady, fail
 RADII = torch.linspace(.08, .98, 46)        # of the rings; the shorter side of the picture is 2
 TURNS = 128                                 # samples of a ring
 HARMONICS = 40
+REAL, TRUTH = 200, 500                      # flowers beside the samples at least, and of `distance`
 NUMBER, SEEN = range(3, 13), range(2, 15)       # of petals: of real flowers; read in a picture
 
 
@@ -237,6 +239,7 @@ def likeness(x, truth, trained):
     return f" {found['detail']:.2f} | {found['distance']:.3f} |"
 
 
+@cache
 def real(count, res, seed=5):
     """Flowers of data.py -> pictures (N, 3, H, W) in [0, 1], petals (N,), colours [N]. They are
     those that train.py learns from with the same seed: here 5, and 7 as the truth of `distance`.
@@ -314,8 +317,8 @@ def main(argv=None):
     if args.prompts and not wanted:
         fail(f"--prompts {args.prompts}: holds no line")
     size = "{}x{}".format(*x.shape[2:])
-    true, true_petals, true_colour = real(max(200, len(x)), size)
-    truth, _, _ = real(500, size, seed=7)
+    true, true_petals, true_colour = real(max(REAL, len(x)), size)
+    truth, _, _ = real(TRUTH, size, seed=7)
     as_many = true[:len(x)]                         # the distance depends on how many there are
     found = score(x)
     colour, petals = zip(*[wanted[i % len(wanted)] for i in range(len(x))]) if wanted else ([], [])

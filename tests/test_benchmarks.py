@@ -56,9 +56,12 @@ def test_other_numbers_than_real_flowers_have_are_read_as_such(monkeypatch):
     assert (found["petals"] == petals).float().mean() >= .95 and found["asymmetry"].median() < .5
 
 
-def test_score_asks_for_200_new_flowers_and_says_how_often_pictures_are_what_prompts_say(tmp_path, capsys):
+def test_score_asks_for_200_new_flowers_and_says_how_often_pictures_are_what_prompts_say(tmp_path, capsys, monkeypatch):
     sys.path.insert(0, str(HERE / "benchmarks"))
     import score
+    assert (score.REAL, score.TRUTH) == (200, 500)
+    monkeypatch.setattr(score, "REAL", 20)
+    monkeypatch.setattr(score, "TRUTH", 50)
     assert score.asked("A blue flower with eleven petals on cream") == ("blue", 11) and score.asked("a flower, 7 petals") == (None, 7)
     assert score.asked("a red one") == ("red", None) and score.asked("three petals")[1] == 3 and score.asked("12 petals")[1] == 12
     score.main(["--new", str(tmp_path / "prompts")])
@@ -78,11 +81,11 @@ def test_score_asks_for_200_new_flowers_and_says_how_often_pictures_are_what_pro
     score.main([str(tmp_path), "--classes"])
     said = capsys.readouterr().out
     assert f"| {tmp_path} | 4 | 75.0% | |" in said.replace("  ", " ") and "petals: 3 100%, 4 0%, 5 100%, 6 100%\n" in said and "by colour" not in said
-    assert "| real flowers | 200 |" in said
-    for i in range(201):                                                        # as many real flowers as samples, if that is more
+    assert "| real flowers | 20 |" in said
+    for i in range(21):                                                        # as many real flowers as samples, if that is more
         Image.fromarray((picture * 255).astype(np.uint8)).save(tmp_path / f"{i:06d}.png")
     score.main([str(tmp_path)])
-    assert "| real flowers | 201 |" in capsys.readouterr().out
+    assert "| real flowers | 21 |" in capsys.readouterr().out
     assert "not allowed with" in one_line(capsys, score.main, ["--classes", "--prompts", "x"])
 
 
