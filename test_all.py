@@ -859,7 +859,7 @@ def run_train(out, *flags):
 
 def run_script(*command, code=0):
     """A command as a user types it, in the repository's folder -> its output."""
-    done = subprocess.run([str(word) for word in command], cwd=HERE, capture_output=True, text=True, timeout=300,
+    done = subprocess.run([str(word) for word in command], cwd=HERE, capture_output=True, text=True, timeout=900,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr

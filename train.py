@@ -847,7 +847,8 @@ def train(config, rank, world, device, meet, at_exit):
         print(f"done: {grid_is}, {out}/model.pt. Pictures: python sample.py --ckpt {out}/model.pt")
 
 
-if __name__ == "__main__":
+def command():
+    """`python train.py`: main, its exit code, and nothing left behind."""
     sys.stdout, sys.stderr = Steady(sys.stdout), Steady(sys.stderr)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     code = 0
@@ -865,3 +866,7 @@ if __name__ == "__main__":
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    command()

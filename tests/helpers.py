@@ -13,9 +13,10 @@ import pytest
 from test_all import HERE, PYTHON, SMALL, TORCHRUN, assert_same_bits, last_checkpoint, run_script
 
 
+TRAIN = HERE / "tests" / "little.py"
 LAUNCHERS = {"one process": PYTHON, "two ranks": [*TORCHRUN, "--nproc_per_node=2"]}
 
-RUN = [*SMALL, "--batch", "4", "--steps", "16", "--save-every", "2", "--dropout", "0.1", "--out"]
+RUN = [*SMALL, "--batch", "4", "--steps", "100", "--save-every", "2", "--dropout", "0.1", "--out"]
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +27,7 @@ def unbroken(tmp_path_factory):
     def run(launcher):
         if launcher not in made:
             made[launcher] = folder / launcher.split()[0]
-            run_script(*LAUNCHERS[launcher], "train.py", *RUN, made[launcher])
+            run_script(*LAUNCHERS[launcher], TRAIN, *RUN, made[launcher])
         return made[launcher]
     return run
 
@@ -40,7 +41,7 @@ def start_script(*command):
     return process
 
 
-def wait_for(condition, process=None, seconds=60):
+def wait_for(condition, process=None, seconds=300):
     end = time.time() + seconds
     while not condition():
         assert time.time() < end and (process is None or process.poll() is None), process and process.said()

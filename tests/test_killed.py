@@ -11,20 +11,20 @@ import pytest
 import checkpoint
 import train
 import uvit
-from helpers import LAUNCHERS, RUN, assert_same_run, full_disk, linux, processes, start_script, wait_for
+from helpers import LAUNCHERS, RUN, TRAIN, assert_same_run, full_disk, linux, processes, start_script, wait_for
 from test_all import LITTLE, PYTHON, SMALL, assert_same_bits, last_checkpoint, log_lines, one_line, run_script, run_train
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_killed_and_resumed_equals_unbroken_to_the_last_bit(tmp_path, unbroken, launcher):
-    command = [*LAUNCHERS[launcher], "train.py", *RUN, tmp_path]
+    command = [*LAUNCHERS[launcher], TRAIN, *RUN, tmp_path]
     killed = start_script(*command)
     wait_for(lambda: (tmp_path / "ckpt-00000006.pt").exists(), killed)
     for pid in processes(tmp_path):                     # torchrun and its ranks at once
         os.kill(pid, signal.SIGKILL)
     killed.wait()
-    assert last_checkpoint(tmp_path)["step"] < 16
-    assert re.search(r"steps (\d+) to 16", run_script(*command))[1] in ("6", "8", "10", "12", "14")
+    assert last_checkpoint(tmp_path)["step"] < 100
+    assert re.search(r"steps (\d+) to 100", run_script(*command))[1] in map(str, range(6, 100, 2))
     assert "done" in run_script(*command)               # and once more
     assert_same_run(unbroken(launcher), tmp_path)
     assert [(line["step"], line["loss"]) for line in log_lines(unbroken(launcher))] == \
@@ -34,15 +34,15 @@ def test_killed_and_resumed_equals_unbroken_to_the_last_bit(tmp_path, unbroken, 
 @linux
 @pytest.mark.parametrize("told, flags", [(signal.SIGTERM, []), (signal.SIGINT, ["--workers", "2"])], ids=["SIGTERM", "Ctrl-C"])
 def test_sigterm_and_ctrl_c_save_and_leave_with_code_0_within_one_step(tmp_path, unbroken, told, flags):
-    command = [*PYTHON, "train.py", *RUN, tmp_path, *flags]
+    command = [*PYTHON, TRAIN, *RUN, tmp_path, *flags]
     run = start_script(*command, "--save-every", "1000")
     wait_for(lambda: "loss=" in run.said(), run)
     os.killpg(run.pid, told)
     before = len(log_lines(tmp_path))
-    assert run.wait(30) == 0 and "Traceback" not in run.said()
+    assert run.wait(120) == 0 and "Traceback" not in run.said()
     step = checkpoint.read(tmp_path / "model.pt")["step"]
     assert before <= step <= before + 2 and f"stopped and saved at step {step}: the same command goes on" in run.said()
-    wait_for(lambda: not processes(tmp_path), seconds=10)
+    wait_for(lambda: not processes(tmp_path), seconds=120)
     assert sorted(file.name for file in tmp_path.iterdir()) == [f"ckpt-{step:08d}.pt", "log.jsonl", "model.pt"]
     run_script(*command)
     assert_same_run(unbroken("one process"), tmp_path)
@@ -105,12 +105,12 @@ def test_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on(tmp_path,
 
 @linux
 def test_ctrl_c_saves_even_if_the_reader_of_the_output_is_gone(tmp_path):
-    shell = f"{sys.executable} train.py {' '.join(RUN)} {tmp_path}/run --save-every 99 2>&1 | tee {tmp_path}/log > /dev/null"
+    shell = f"{sys.executable} {TRAIN} {' '.join(RUN)} {tmp_path}/run --save-every 99 2>&1 | tee {tmp_path}/log > /dev/null"
     run = start_script("sh", "-c", shell)
     wait_for(lambda: (tmp_path / "log").exists() and "loss=" in (tmp_path / "log").read_text(), run)
     os.killpg(run.pid, signal.SIGINT)
     wait_for(lambda: (tmp_path / "run/model.pt").exists() and not processes(tmp_path))
-    assert checkpoint.read(tmp_path / "run/model.pt")["step"] == last_checkpoint(tmp_path / "run")["step"] < 16
+    assert checkpoint.read(tmp_path / "run/model.pt")["step"] == last_checkpoint(tmp_path / "run")["step"] < 100
 
 
 def test_run_leaves_no_file_process_or_open_file_behind(tmp_path, little):
