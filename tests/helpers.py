@@ -1,22 +1,24 @@
 """Commands in the background, and what several of these files need."""
 import contextlib
+import multiprocessing
 import os
 import resource
+import runpy
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import pytest
 
-from test_all import HERE, PYTHON, SMALL, TORCHRUN, assert_same_bits, last_checkpoint, run_script
-
+from test_all import HERE, PYTHON, SMALL, TORCHRUN, assert_same_bits, last_checkpoint
 
 TRAIN = HERE / "tests" / "little.py"
 LAUNCHERS = {"one process": PYTHON, "two ranks": [*TORCHRUN, "--nproc_per_node=2"]}
-
-RUN = [*SMALL, "--batch", "4", "--steps", "100", "--save-every", "2", "--dropout", "0.1", "--out"]
+RUN = [*SMALL, "--batch", "4", "--steps", "60", "--save-every", "2", "--dropout", "0.1", "--out"]
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +29,7 @@ def unbroken(tmp_path_factory):
     def run(launcher):
         if launcher not in made:
             made[launcher] = folder / launcher.split()[0]
-            run_script(*LAUNCHERS[launcher], TRAIN, *RUN, made[launcher])
+            run_ranks({"one process": 0, "two ranks": 2}[launcher], TRAIN, *RUN, made[launcher])
         return made[launcher]
     return run
 
@@ -39,6 +41,45 @@ def start_script(*command):
                                env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
     process.said = lambda: Path(file.name).read_text("utf-8", "replace")
     return process
+
+
+SERVER = multiprocessing.get_context("forkserver")      # starts processes that have torch imported: torchrun takes seconds
+SERVER.set_forkserver_preload(["little", "torch._dynamo", "torch.distributed.fsdp"])
+
+
+def be_rank(environment, said, script, flags):
+    sys.stdout = sys.stderr = open(said, "a", buffering=1)
+    os.environ |= environment
+    sys.argv, code = [script, *flags], 0
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def run_ranks(world, script, *flags, code=0):
+    """A Python script as `world` ranks, as torchrun would start them, or (0) as one process without -> their output."""
+    with socket.socket() as free, tempfile.NamedTemporaryFile() as file:
+        free.bind(("127.0.0.1", 0))
+        common = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+        free.close()
+        ranks = [SERVER.Process(target=be_rank, args=(common | dict(RANK=str(rank), LOCAL_RANK=str(rank)) if world else {}, file.name, str(script),
+                                                      [str(flag) for flag in flags])) for rank in range(max(1, world))]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(600)
+        codes = [rank.exitcode for rank in ranks]
+        for rank in ranks:
+            rank.kill()
+        said = Path(file.name).read_text("utf-8", "replace")
+    assert max(codes, key=lambda code: (code is None, code)) == code, said
+    return said
 
 
 def wait_for(condition, process=None, seconds=300):

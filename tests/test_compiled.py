@@ -11,7 +11,8 @@ import torch
 import sample as sampling
 import train
 import uvit
-from test_all import HERE, PYTHON, SMALL, TORCHRUN, last_checkpoint, log_lines, one_line, run_script, run_train, same_to_rounding
+from helpers import run_ranks
+from test_all import HERE, PYTHON, SMALL, last_checkpoint, log_lines, one_line, run_train, same_to_rounding
 
 FEW = "--res 16 --blocks-16 1".split()      # the fewest kinds of kernel: each costs the C++ compiler a second
 compile_by_inductor = torch.compile
@@ -23,19 +24,19 @@ def compile_in_python(function=None, backend="aot_eager", options=None, **rest):
 
 
 @pytest.mark.parametrize("flags", [["--recompute"], ["--shard", "--recompute"]], ids=["ddp", "shard"])
-def test_compiled_ranks_learn_what_plain_ones_learn(tmp_path, flags):
+def test_compiled_ranks_learn_what_plain_ones_learn(tmp_path, little, flags):
     script = tmp_path / "in_python.py"
     script.write_text(f"""
 import sys
 sys.path[:0] = [{str(HERE)!r}, {str(HERE / "tests")!r}]
-import torch, test_compiled, train
+import little, torch, test_compiled, train
 torch.compile = test_compiled.compile_in_python
 train.main()
 train.dist.destroy_process_group()
 """)
-    two = [*TORCHRUN, "--nproc_per_node=2", script, *SMALL, "--blocks-16", "1", "--dropout", ".3", "--steps", "3"]
-    run_script(*two, "--out", tmp_path / "plain")
-    run_script(*two, *flags, "--compile", "on", "--out", tmp_path / "fast")
+    two = [2, script, *SMALL, "--blocks-16", "1", "--dropout", ".3", "--steps", "3"]
+    run_ranks(*two, "--out", tmp_path / "plain")
+    run_ranks(*two, *flags, "--compile", "on", "--out", tmp_path / "fast")
     assert same_to_rounding(last_checkpoint(tmp_path / "plain"), last_checkpoint(tmp_path / "fast"))
 
 

@@ -23,8 +23,8 @@ def test_killed_and_resumed_equals_unbroken_to_the_last_bit(tmp_path, unbroken, 
     for pid in processes(tmp_path):                     # torchrun and its ranks at once
         os.kill(pid, signal.SIGKILL)
     killed.wait()
-    assert last_checkpoint(tmp_path)["step"] < 100
-    assert re.search(r"steps (\d+) to 100", run_script(*command))[1] in map(str, range(6, 100, 2))
+    assert last_checkpoint(tmp_path)["step"] < 60
+    assert re.search(r"steps (\d+) to 60", run_script(*command))[1] in map(str, range(6, 60, 2))
     assert "done" in run_script(*command)               # and once more
     assert_same_run(unbroken(launcher), tmp_path)
     assert [(line["step"], line["loss"]) for line in log_lines(unbroken(launcher))] == \
@@ -49,6 +49,7 @@ def test_sigterm_and_ctrl_c_save_and_leave_with_code_0_within_one_step(tmp_path,
 
 
 def test_sigterm_does_not_wait_for_the_report(tmp_path, little, monkeypatch, capsys):
+    monkeypatch.setattr(train, "REPORT_STEPS", 5)
     honest = train.sample
 
     def told(model, *more, **options):
@@ -110,10 +111,11 @@ def test_ctrl_c_saves_even_if_the_reader_of_the_output_is_gone(tmp_path):
     wait_for(lambda: (tmp_path / "log").exists() and "loss=" in (tmp_path / "log").read_text(), run)
     os.killpg(run.pid, signal.SIGINT)
     wait_for(lambda: (tmp_path / "run/model.pt").exists() and not processes(tmp_path))
-    assert checkpoint.read(tmp_path / "run/model.pt")["step"] == last_checkpoint(tmp_path / "run")["step"] < 100
+    assert checkpoint.read(tmp_path / "run/model.pt")["step"] == last_checkpoint(tmp_path / "run")["step"] < 60
 
 
-def test_run_leaves_no_file_process_or_open_file_behind(tmp_path, little):
+def test_run_leaves_no_file_process_or_open_file_behind(tmp_path, little, monkeypatch):
+    monkeypatch.setattr(train, "REPORT_STEPS", 2)
     run_train(tmp_path / "first", "--steps", "2", "--workers", "1", "--sample-every", "1", "--save-every", "1")
     before = os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []
     run_train(tmp_path / "run", "--steps", "6", "--workers", "2", "--sample-every", "2", "--save-every", "1")

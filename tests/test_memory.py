@@ -9,8 +9,8 @@ import loss as losses
 import memory
 import sample as sampling
 import train
-import uvit
-from test_all import (HERE, LITTLE, SMALL, TORCHRUN, last_checkpoint, log_lines, one_line, run_script, run_train,
+from helpers import run_ranks
+from test_all import (HERE, SMALL, last_checkpoint, log_lines, one_line, run_train,
                       same_to_rounding)
 
 GB = 1e9
@@ -145,15 +145,13 @@ def test_two_parts_or_eight_are_the_same_weights_and_a_resumed_run_keeps_its_par
     assert "Pictures at a time: 2 of 16 (as before)" in capsys.readouterr().out
 
 
-def test_out_of_memory_on_one_of_two_ranks_makes_both_take_twice_the_parts(tmp_path, monkeypatch):
+def test_out_of_memory_on_one_of_two_ranks_makes_both_take_twice_the_parts(tmp_path, little):
     """Simulated on CPUs: rank 1 has no room for more than two pictures at a time."""
     script = tmp_path / "small_gpu.py"
     script.write_text(f"""
 import os, sys
-sys.path.insert(0, {str(HERE)!r})
-import torch, memory, train, uvit
-from test_all import LITTLE
-uvit.PRESETS["tiny"] = LITTLE
+sys.path[:0] = [{str(HERE)!r}, {str(HERE / "tests")!r}]
+import little, torch, memory, train
 memory.RAISES.add("cpu")
 fixed, each, _ = memory.needed(vars(train.parse_config({SMALL!r})), 10, 1, "cpu")
 rank = int(os.environ["RANK"])
@@ -165,18 +163,16 @@ def full(net, x, *rest):
         raise torch.OutOfMemoryError("simulated")
     return honest(net, x, *rest)
 memory.diffusion_loss = full
-if __name__ == "__main__":
-    train.main()
-    open({str(tmp_path)!r} + "/rank" + os.environ["RANK"], "w").write(str(sizes))
-    train.dist.destroy_process_group()
+train.main()
+open({str(tmp_path)!r} + "/rank" + os.environ["RANK"], "w").write(str(sizes))
+train.dist.destroy_process_group()
 """)
     flags = [*SMALL, "--batch", "16", "--steps", "3", "--log-every", "1"]
-    words = run_script(*TORCHRUN, "--nproc_per_node=2", script, *flags, "--accum", "0", "--out", tmp_path / "two")
+    words = run_ranks(2, script, *flags, "--accum", "0", "--out", tmp_path / "two")
     assert "Pictures at a time: 2 of 8 (more did not fit)." in words
     # One picture is counted on each rank first, then 4, by rank 1's memory, and 2 are tried.
     assert all(json.loads((tmp_path / f"rank{rank}").read_text()) == [1, 4, 2] for rank in (0, 1))
-    run_script(*TORCHRUN, "--nproc_per_node=1", script, *flags, "--accum", "1", "--out", tmp_path / "one")
-    monkeypatch.setitem(uvit.PRESETS, "tiny", LITTLE)
+    run_ranks(1, script, *flags, "--accum", "1", "--out", tmp_path / "one")
     assert same_to_rounding(last_checkpoint(tmp_path / "one"), last_checkpoint(tmp_path / "two"))
 
 
