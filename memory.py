@@ -153,10 +153,10 @@ def parts_that_fit(config, classes, world, device):
     kind = device.type
     fixed, each, weights = needed(config, classes, world, kind)
     room, gb = COMFORT[kind] * free - fixed, 1e9
-    why = (f"one takes about {each / gb:.2g} GB, all else {fixed / gb:.2g}, and {free / gb:.3g} GB "
-           "are free")
+    why = (f"{each / gb:.2g} GB a picture, {fixed / gb:.2g} GB for weights and optimizer, "
+           f"{free / gb:.3g} GB free")
     if kind == "cpu" and room > CPU_PART:
-        room, why = CPU_PART, f"one takes about {each / gb:.2g} GB, and a CPU is no faster with more"
+        room, why = CPU_PART, f"{each / gb:.2g} GB a picture; larger parts are no faster on a CPU"
     if fixed + each <= LIMIT[kind] * free:
         return divisor(share, -(-share // max(1, int(room / each)))), why
     models = [*PRESETS]
@@ -178,22 +178,22 @@ def parts_that_fit(config, classes, world, device):
 
 def out_of_memory(error):
     """Whether an exception says that the device's memory is full: each device has its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error) for words in ("out of memory", "ALLOC_FAILED"))     # MPS, cuDNN
 
 
-def rehearse(model, config, logsnr, label, count, reserve):
+def rehearse(net, config, logsnr, label, count, reserve, autocast):
     """Try the forward and backward pass of `count` pictures -> whether the memory was enough.
 
     label: (1, 2 + L), the condition of one picture; reserve: bytes that the optimizer will need.
     """
     device = label.device
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config["bf16"] == "on")
     try:
         _reserved = torch.empty(reserve, dtype=torch.uint8, device=device)
         x = torch.zeros(count, 3, *sides(config["res"]), device=device)
         t = torch.full((count,), .5, device=device)
         with autocast:
-            loss = diffusion_loss(model, x, t, torch.zeros_like(x), logsnr,
+            loss = diffusion_loss(net, x, t, torch.zeros_like(x), logsnr,
                                   label.expand(count, -1), config["loss"],
                                   config["multiscale"] == "on", config["bias"])
         loss.backward()
@@ -203,4 +203,4 @@ def rehearse(model, config, logsnr, label, count, reserve):
             raise
         return False
     finally:
-        model.zero_grad(set_to_none=True)
+        net.zero_grad(set_to_none=True)

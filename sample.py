@@ -265,7 +265,7 @@ def parse_args(argv):
     parser.add_argument("--guidance-interval", type=number, nargs=2, default=[-99, 99],
                         metavar=("LOW", "HIGH"), help="logsnr between which there is guidance")
     parser.add_argument("--schedule", choices=SCHEDULES, help="(default: that of the training)")
-    parser.add_argument("--label", default="", help="a class, by name or number")
+    parser.add_argument("--label", default="", help="a class: name, or number from 0")
     parser.add_argument("--prompt", nargs="+", help="captions, in turns")
     parser.add_argument("--prompts", metavar="FILE", help="file of more of them, a line each")
     parser.add_argument("--portrait", action="store_true", help="pictures that stand upright")
@@ -468,6 +468,9 @@ def main(argv=None):
             print(f"{args.n} pictures from {ckpt} (step {saved['step']}) in {out}/: "
                   "grid.png, 000000.png ..., samples.npz")
             held.close()
+    except torch.OutOfMemoryError as error:
+        fail(f"--batch {args.batch}: {str(error).splitlines()[0]} A lower --batch takes less.", 1,
+             every_rank=True)
     except OSError as error:
         fail(f"--out {out}: {error}; what is there is whole, and the same command goes on", 1,
              every_rank=True)

@@ -56,7 +56,7 @@ class Config:
     text: str = ""              # bytes, or t5:NAME, a T5 that transformers finds; empty: classes
     text_length: int = 128      # tokens of a caption, the rest of it is cut off
     # Network (uvit.py)
-    model: str = ""             # tiny, mini, small, base, paper; empty: tiny, with CUDA over 64 base
+    model: str = ""             # tiny, mini, small, base, paper; empty: tiny, CUDA (res > 64): base
     net: str = "uvit"           # uvit or unet
     blocks_16: int = 0          # blocks at 16 x 16, the dial of the size; 0: the model's own
     skips: str = "block"        # of the U-ViT: one a block, or one a level (SiD2, not in the paper)
@@ -73,7 +73,7 @@ class Config:
     drop_label: float = 0.1     # share of the pictures that train the null class or empty caption
     # Optimiser
     batch: int = 0              # pictures a step, over all ranks; 0: the model's own
-    accum: int = 0              # parts a rank does its share of the batch in; 0: as memory allows
+    accum: int = 0              # parts to split a rank's batch into, same gradient; 0: by memory
     steps: int = 0              # optimiser steps of the whole run; 0: the model's own
     lr: float = 0               # learning rate after the warm-up; 0: the model's own
     warmup: int = 0             # steps of linear warm-up; 0: the model's own
@@ -471,21 +471,23 @@ def memory_budget(model, wanted):
     return 1.0 if drops else 0.6 if wanted < 0 else wanted
 
 
-def announce(config, model, dataset, world, kind, start, micro, why):
-    """Print what is about to happen: micro pictures at a time on each rank, and why so many."""
+def announce(config, model, dataset, world, kind, start, parts, why):
+    """Print what is about to happen; parts: of each rank's share of the batch, and why so many."""
     height, width = sides(config.res)
     weights = sum(p.numel() for p in model.parameters()) / 1e6
-    said = f"{len(dataset.classes) or 'no'} classes"
+    names = ", ".join(map(printable, dataset.classes[:5])) + ", ..." * (len(dataset.classes) > 5)
+    said = f"{len(dataset.classes)} classes ({names})" if names else "no classes"
     if config.text:
         said = f"captions of {dataset.captioned if config.data else 'all'} pictures"
     print(f"{config.model} {config.net}, {weights:.1f} M weights, {height} x {width}, "
           f"{said}, batch {config.batch} on {world} x {kind}"
           f"{' in bf16' if config.bf16 == 'on' else ''}, steps {start} to {config.steps}.")
-    here, there = ("with", "without") if kind == "cuda" else ("without", "with")
-    other = default_model(config.res, kind != "cuda")
-    if config.model == default_model(config.res, kind == "cuda") != other:
-        print(f"--model {config.model} is the default at this size {here} CUDA; {there}: {other}.")
-    print(f"Pictures at a time: {micro} of {config.batch // world} ({why}).\n"
+    defaults = [default_model(config.res, cuda) for cuda in (False, True)]
+    if config.model == defaults[kind == "cuda"] and defaults[0] != defaults[1]:
+        print("Default --model at this size: {} without CUDA, {} with CUDA.".format(*defaults))
+    share = config.batch // world
+    print(f"Each step: {share} pictures{' on each rank' if world > 1 else ''} in {parts} "
+          f"part{'s' * (parts > 1)} of {share // parts} ({why}).\n"
           f"Everything goes to {Path(config.out)}/; its grid.png shows samples "
           f"{f'every {config.sample_every} steps' if config.sample_every else 'never'}. "
           "Stop at any time: the same command resumes.", flush=True)
@@ -581,7 +583,7 @@ def train(config, rank, world, device, meet, at_exit):
         skipped += before
         # Other parts give the same sum to rounding, as many pictures at a time to the last bit.
         if not config.accum and at_a_time < share // parts and share % at_a_time == 0:
-            parts, why = share // at_a_time, "as before"
+            parts, why = share // at_a_time, "as it began"
     if master:
         trim(log, start)
         for pattern in (CHECKPOINTS, "model.pt", "grid*.png"):      # left by a kill
@@ -608,8 +610,9 @@ def train(config, rank, world, device, meet, at_exit):
     # -- in as many parts as fit: --shard's ranks talk in each of them, so they cannot try
     while not config.accum and not config.shard and device.type in RAISES:
         reserve = 0 if start else 8 * sum(weights.numel() for weights in model.parameters())
-        fits = torch.tensor(rehearse(model, vars(config), logsnr, report_label[:1].to(device),
-                                     share // parts, reserve)).int()
+        with net.no_sync() if ddp else nullcontext():
+            fits = torch.tensor(rehearse(net, vars(config), logsnr, report_label[:1].to(device),
+                                         share // parts, reserve, autocast)).int()
         if ddp:
             dist.all_reduce(fits, dist.ReduceOp.MIN, meet)
         if fits:
@@ -621,7 +624,7 @@ def train(config, rank, world, device, meet, at_exit):
     micro = share // parts
 
     if master:
-        announce(config, model, dataset, world, device.type, start, micro, why)
+        announce(config, model, dataset, world, device.type, start, parts, why)
 
     # -- loader: picture numbers of this rank, step by step, from where the run stands
     def numbers():

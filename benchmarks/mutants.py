@@ -421,7 +421,7 @@ ANYWHERE_MUTANTS = [
     ("memory.py", "\"mps\": 0.5, \"cpu\": 0.5}", "\"mps\": 0.5, \"cpu\": 0.9}", "parts_are"),
     ("memory.py", "    if fixed + each <= LIMIT", "    if each <= LIMIT", "does_not_fit or parts_are"),
     ("memory.py", "for name in reversed(smaller)", "for name in smaller", "does_not_fit"),
-    ("memory.py", "or \"out of memory\" in str(error)", "", "not_even_one"),
+    ("memory.py", "(\"out of memory\", \"ALLOC_FAILED\")", "()", "not_even_one"),
     ("train.py", "max(every)[:2]", "mine[:2]", "twice_the_parts"),
     ("train.py", "dist.all_reduce(fits, dist.ReduceOp.MIN, meet)", "pass", "twice_the_parts"),
     ("train.py", "divisor(share, 2 * parts)", "share", "twice_the_parts"),

@@ -135,14 +135,14 @@ def test_two_parts_or_eight_are_the_same_weights_and_a_resumed_run_keeps_its_par
     for at_a_time in (8, 2):
         monkeypatch.setattr(memory, "available", free(at_a_time))
         saved[at_a_time] = run_train(tmp_path / str(at_a_time), *train_auto, "3")
-        assert f"Pictures at a time: {at_a_time} of 16 (one takes about" in capsys.readouterr().out
+        assert f"Each step: 16 pictures in {16 // at_a_time} parts of {at_a_time} (" in capsys.readouterr().out
         assert saved[at_a_time]["at_a_time"] == at_a_time
     assert same_to_rounding(saved[8], saved[2]) and not all(torch.equal(*both) for both in zip(*(run["model"].values() for run in saved.values())))
     run_train(tmp_path / "run", *train_auto, "2")
     monkeypatch.setattr(memory, "available", free(16))
     again = run_train(tmp_path / "run", *train_auto, "3")
     assert all(torch.equal(again["model"][name], weights) for name, weights in saved[2]["model"].items())
-    assert "Pictures at a time: 2 of 16 (as before)" in capsys.readouterr().out
+    assert "Each step: 16 pictures in 8 parts of 2 (as it began)." in capsys.readouterr().out
 
 
 def test_out_of_memory_on_one_of_two_ranks_makes_both_take_twice_the_parts(tmp_path, little):
@@ -169,7 +169,7 @@ train.dist.destroy_process_group()
 """)
     flags = [*SMALL, "--batch", "16", "--steps", "3", "--log-every", "1"]
     words = run_ranks(2, script, *flags, "--accum", "0", "--out", tmp_path / "two")
-    assert "Pictures at a time: 2 of 8 (more did not fit)." in words
+    assert "Each step: 8 pictures on each rank in 4 parts of 2 (more did not fit)." in words
     # One picture is counted on each rank first, then 4, by rank 1's memory, and 2 are tried.
     assert all(json.loads((tmp_path / f"rank{rank}").read_text()) == [1, 4, 2] for rank in (0, 1))
     run_ranks(1, script, *flags, "--accum", "1", "--out", tmp_path / "one")
@@ -215,10 +215,10 @@ def test_out_of_memory_in_the_midst_of_training_ends_with_a_line_that_says_how_t
 def test_the_model_is_tiny_without_cuda_and_the_start_says_what_it_would_be_with(tmp_path, little, monkeypatch, capsys):
     assert [train.default_model(res, cuda) for res in ("64", "128", "512") for cuda in (False, True)] == ["tiny", "tiny", "tiny", "base", "tiny", "base"]
     run_train(tmp_path / "run", "--steps", "1", "--res", "72", "--batch", "1")
-    assert "\n--model tiny is the default at this size without CUDA; with: base.\n" in capsys.readouterr().out
+    assert "\nDefault --model at this size: tiny without CUDA, base with CUDA.\n" in capsys.readouterr().out
     for flags in (["--res", "72", "--model", "mini"], ["--res", "64"]):
         train.announce(train.parse_config(flags), torch.nn.Linear(1, 1), train.Flowers(64), 1, "cpu", 0, 1, "")
-        assert "default at this size" not in capsys.readouterr().out
+        assert "Default --model" not in capsys.readouterr().out
 
 
 def test_the_log_begins_with_the_first_step_and_a_first_grid_comes_early(tmp_path, little, monkeypatch):

@@ -155,6 +155,16 @@ def test_sample_starts_over_in_its_own_folder_when_asked_for_others(tmp_path, tr
     assert len(first) == 3 and len(second) == 2 and first["000000.png"] != second["000000.png"]
 
 
+def test_out_of_memory_in_sampling_is_one_line(tmp_path, trained_run, monkeypatch, capsys):
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore words")
+    monkeypatch.setattr(sampling, "sample", full)
+    with pytest.raises(SystemExit) as stop:
+        sampling.main(["--ckpt", str(trained_run / "model.pt"), "--n", "1", "--out", str(tmp_path / "out")])
+    assert stop.value.code == 1 and capsys.readouterr().err == \
+        "--batch 16: CUDA out of memory. Tried to allocate 9 GiB. A lower --batch takes less.\n"
+
+
 def test_sample_takes_the_newest_run(tmp_path, trained_run, monkeypatch, capsys):
     for age, name in enumerate(["old", "new"]):
         (tmp_path / "runs" / name).mkdir(parents=True)
