@@ -3,8 +3,10 @@
     bytes = 20 for each weight + what the backward pass keeps of one picture * pictures at a time
 
 The 20: weight 4, gradient 4, Adam's two moments 8, moving average 4. What is kept of a picture is
-counted on the "meta" device, which computes shapes alone, so it takes no memory and no time.
+counted on the "meta" device, which computes shapes alone: no memory, and about a second.
 """
+import gc
+import math
 import os
 from functools import partial
 from pathlib import Path
@@ -17,11 +19,12 @@ from sample import network
 from schedule import logsnr_schedule, sides
 from uvit import PRESETS, residual_blocks
 
-BASE = 0.5e9                # bytes for decoded pictures, the picture grid and the like
+BASE = 0.5e9                # bytes for decoded pictures, buffers and the like
+REPORT = 100                # pictures' bytes that a grid and the losses by noise level take
 BF16, COMPILED = 0.75, 0.5  # what is kept under autocast, by compiled code: of float32, of eager
 ASSUMED = 8 << 30           # bytes of RAM where the system does not say (Windows)
-# Parts of what is available: what a batch may take, and what one picture at a time may. RAM is
-# shared with other programs, and whoever takes too much of it is killed; a GPU reports an error.
+# Shares of the free memory: COMFORT is planned for, LIMIT is what one picture at a time may need.
+# RAM is shared with other programs, and whoever takes too much is killed; a GPU raises an error.
 COMFORT = {"cuda": 0.92, "mps": 0.5, "cpu": 0.5}
 LIMIT = {"cuda": 1.0, "mps": 0.9, "cpu": 0.9}
 # Peak of the backward pass over what was kept for it: a CPU's convolutions work on copies.
@@ -48,17 +51,18 @@ def cgroup_room(root="/sys/fs/cgroup", of="/proc/self/cgroup"):
     for _, controllers, path in (line.split(":", 2) for line in lines):
         if controllers == "memory":         # version 1
             top, limit, usage, cache = Path(root, "memory"), "memory.limit_in_bytes", \
-                "memory.usage_in_bytes", "total_inactive_file"
+                "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")
         elif not controllers:               # version 2
-            top, limit, usage, cache = Path(root), "memory.max", "memory.current", "inactive_file"
+            top, limit, usage, cache = Path(root), "memory.max", "memory.current", \
+                ("inactive_file", "active_file")
         else:
             continue
         group = top / path.strip("/")
         for folder in (group, *group.parents):      # a limit holds for all groups inside, too
             most, used = read_number(folder / limit), read_number(folder / usage)
             if most is not None and used is not None:
-                reclaimable = read_number(folder / "memory.stat", cache) or 0
-                room.append(most - used + reclaimable)
+                reclaimable = [read_number(folder / "memory.stat", kind) or 0 for kind in cache]
+                room.append(most - used + sum(reclaimable))
             if folder == top:
                 break
     return min(room, default=float("inf"))
@@ -133,10 +137,15 @@ def needed(config, classes, world, device_type):
     with torch.device("meta"):
         model = network(config, classes)
     weights, bf16 = sum(weight.numel() for weight in model.parameters()), config["bf16"] == "on"
+    whole = config["compile"] == "on" and not config["recompute"] and not config["shard"]
     each = kept_of_a_picture(model, config) * BACKWARD[device_type]
-    each *= (BF16 if bf16 else 1) * (COMPILED if config["compile"] == "on" else 1)
-    fixed = weights * (22 if bf16 else 20) / (world if config["shard"] else 1)
-    return BASE + fixed, each, weights
+    each *= (BF16 if bf16 else 1) * (COMPILED if whole else 1)
+    # Ranks add up gradients in buffers of their own; autocast keeps the weights in bf16, too.
+    a_weight = 20 + 4 * (world > 1 and not config["shard"]) + 2 * bf16
+    frozen = getattr(model.text, "encoder", None)           # a T5, which is not on "meta"
+    beside = sum(weight.nbytes for weight in frozen.parameters()) if frozen else 0
+    beside += BASE + REPORT * 12 * math.prod(sides(config["res"]))
+    return beside + weights * a_weight / (world if config["shard"] else 1), each, weights
 
 
 def divisor(share, least):
@@ -156,7 +165,7 @@ def parts_that_fit(config, classes, world, device):
     why = (f"{each / gb:.2g} GB a picture, {fixed / gb:.2g} GB for weights and optimizer, "
            f"{free / gb:.3g} GB free")
     if kind == "cpu" and room > CPU_PART:
-        room, why = CPU_PART, f"{each / gb:.2g} GB a picture; larger parts are no faster on a CPU"
+        room, why = CPU_PART, f"{each / gb:.2g} GB a picture; more at a time is no faster on a CPU"
     if fixed + each <= LIMIT[kind] * free:
         return divisor(share, -(-share // max(1, int(room / each)))), why
     models = [*PRESETS]
@@ -178,14 +187,14 @@ def parts_that_fit(config, classes, world, device):
 
 def out_of_memory(error):
     """Whether an exception says that the device's memory is full: each device has its own."""
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        words in str(error) for words in ("out of memory", "ALLOC_FAILED"))     # MPS, cuDNN
+    words = "out of memory", "allocate memory", "ALLOC_FAILED", "unable to find an engine"
+    return isinstance(error, torch.OutOfMemoryError) or any(part in str(error) for part in words)
 
 
 def rehearse(net, config, logsnr, label, count, reserve, autocast):
     """Try the forward and backward pass of `count` pictures -> whether the memory was enough.
 
-    label: (1, 2 + L), the condition of one picture; reserve: bytes that the optimizer will need.
+    label: (1, 2 + L), the condition of one picture; reserve: bytes that training needs besides.
     """
     device = label.device
     try:
@@ -194,7 +203,7 @@ def rehearse(net, config, logsnr, label, count, reserve, autocast):
         t = torch.full((count,), .5, device=device)
         with autocast:
             loss = diffusion_loss(net, x, t, torch.zeros_like(x), logsnr,
-                                  label.expand(count, -1), config["loss"],
+                                  label.repeat(count, 1), config["loss"],
                                   config["multiscale"] == "on", config["bias"])
         loss.backward()
         return True
@@ -204,3 +213,4 @@ def rehearse(net, config, logsnr, label, count, reserve, autocast):
         return False
     finally:
         net.zero_grad(set_to_none=True)
+        gc.collect()                        # what a failed try still holds in circles

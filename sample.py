@@ -386,7 +386,7 @@ def main(argv=None):
         model.compile(mode="reduce-overhead", dynamic=False)
     config, classes = saved["config"], saved["classes"]
     if rank == 0 and not args.ckpt:
-        which = f"the newest of {len(runs)} runs" if runs else "the bundled weights"
+        which = "the newest in runs/" if runs else "the bundled weights"
         print(f"Model: {ckpt}, {which} (--ckpt FILE takes another).", flush=True)
     schedule = args.schedule or config["schedule"]
     logsnr = logsnr_schedule(schedule, config["res"], config["noise_d"])

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from checkpoint import FORMAT, append, carry_over, lock, read, trim, write
 from data import Flowers, Pictures, printable
 from loss import diffusion_loss
-from memory import RAISES, divisor, out_of_memory, parts_that_fit, recompute_blocks, rehearse
+from memory import BASE, RAISES, divisor, out_of_memory, parts_that_fit, recompute_blocks, rehearse
 from sample import (DROPOUT, TRAINING, Parser, Steady, compiler_trouble, fail, grid, has_cuda,
                     load_model, network, number, pick_device, picture_noise, sample, seed_of,
                     to_uint8, whole)
@@ -352,8 +352,8 @@ def room_or_a_line(config):
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
-        fail(f"out of memory ({str(error).splitlines()[0]}): a larger --accum, the parts of a "
-             "batch, takes less, and the same command with it goes on from the last checkpoint in "
+        fail(f"out of memory ({str(error).splitlines()[0]}): a larger --accum, more parts than the "
+             "start says, takes less; the same command with it goes on from the last checkpoint in "
              f"{config.out}", 1, every_rank=True)
 
 
@@ -434,6 +434,8 @@ def restore(file, config, dataset, model, ema, optimizer):
         model.load_state_dict(shared_as(model.state_dict(), saved["model"]))
         ema.load_state_dict(shared_as(ema.state_dict(), saved["ema"]))
         step, seconds, skipped = saved["step"], float(saved["seconds"]), int(saved["skipped"])
+        at_a_time = saved.get("at_a_time", config.batch)
+        assert isinstance(at_a_time, int) and at_a_time > 0
         state = saved["optimizer"]["state"]     # whose shapes load_state_dict does not check
         parts = [part for parts in state.values() for part in parts.values()]
         assert finite([*saved["model"].values(), *saved["ema"].values(), *parts])
@@ -447,7 +449,7 @@ def restore(file, config, dataset, model, ema, optimizer):
         optimizer.load_state_dict(dict(state=state, param_groups=groups))
     except Exception:
         fail(f"{file}: does not hold the network its configuration describes, or not whole")
-    return step, seconds, skipped, saved.get("at_a_time", config.batch)
+    return step, seconds, skipped, at_a_time
 
 
 def compile_options(device):
@@ -485,11 +487,12 @@ def announce(config, model, dataset, world, kind, start, parts, why):
     defaults = [default_model(config.res, cuda) for cuda in (False, True)]
     if config.model == defaults[kind == "cuda"] and defaults[0] != defaults[1]:
         print("Default --model at this size: {} without CUDA, {} with CUDA.".format(*defaults))
+    often = f"every {config.sample_every} steps, first at {min(config.sample_every, FIRST_REPORT)}"
     share = config.batch // world
     print(f"Each step: {share} pictures{' on each rank' if world > 1 else ''} in {parts} "
           f"part{'s' * (parts > 1)} of {share // parts} ({why}).\n"
           f"Everything goes to {Path(config.out)}/; its grid.png shows samples "
-          f"{f'every {config.sample_every} steps' if config.sample_every else 'never'}. "
+          f"{often if config.sample_every else 'never'}. "
           "Stop at any time: the same command resumes.", flush=True)
     usual = vars(parse_config([]))
     if not config.data and all(getattr(config, name) == usual[name]
@@ -581,8 +584,9 @@ def train(config, rank, world, device, meet, at_exit):
     if newest:
         start, seconds, before, at_a_time = restore(newest, config, dataset, model, ema, optimizer)
         skipped += before
-        # Other parts give the same sum to rounding, as many pictures at a time to the last bit.
-        if not config.accum and at_a_time < share // parts and share % at_a_time == 0:
+        # Other parts give the same sum to rounding. On a CPU, runs go on to the last bit.
+        same = device.type == "cpu" and at_a_time < share // parts and share % at_a_time == 0
+        if not config.accum and same:
             parts, why = share // at_a_time, "as it began"
     if master:
         trim(log, start)
@@ -603,16 +607,18 @@ def train(config, rank, world, device, meet, at_exit):
         return
     net = model
     if config.compile == "on" and not config.shard:
-        model.compile(options=options)
+        model.compile(options=options, dynamic=False)
     if ddp and not config.shard:
         net = DDP(model, [device.index] if cuda else None, gradient_as_bucket_view=True)
 
     # -- in as many parts as fit: --shard's ranks talk in each of them, so they cannot try
-    while not config.accum and not config.shard and device.type in RAISES:
-        reserve = 0 if start else 8 * sum(weights.numel() for weights in model.parameters())
+    try_it = not config.accum and not config.shard and device.type in RAISES
+    # Besides a first part's gradient: that of the parts before it, Adam's moments, if they are new.
+    reserve = sum(weights.numel() for weights in model.parameters()) * (4 if start else 12)
+    while try_it and start < config.steps:
         with net.no_sync() if ddp else nullcontext():
             fits = torch.tensor(rehearse(net, vars(config), logsnr, report_label[:1].to(device),
-                                         share // parts, reserve, autocast)).int()
+                                         share // parts, reserve + int(BASE), autocast)).int()
         if ddp:
             dist.all_reduce(fits, dist.ReduceOp.MIN, meet)
         if fits:
@@ -646,7 +652,8 @@ def train(config, rank, world, device, meet, at_exit):
     columns = min(classes, 10) or 8
     shown = columns * (4 if side(config.res) <= 128 else 1)
     _, report_eps, _ = draw_noise(config.seed + 1, 0, 16, config.res, device)
-    report_x, report_label = report_x.to(device), report_label.to(device)
+    report_set = [part.to(device).split(4) for part in (report_x, report_eps, report_label)]
+    report_set, report_label = list(zip(*report_set)), report_label.to(device)
 
     @torch.no_grad()
     def report():
@@ -667,8 +674,8 @@ def train(config, rank, world, device, meet, at_exit):
 
         try:
             with autocast:
-                losses = [diffusion_loss(ema, report_x, t.expand(len(report_x)), report_eps, logsnr,
-                                         report_label).item() for t in times]
+                losses = [sum(diffusion_loss(ema, x, t.expand(4), eps, logsnr, label).item() / 4
+                              for x, eps, label in report_set) for t in times]
                 drawn = to_uint8(sample(ema, logsnr, noise, REPORT_STEPS, label, bar=master))
         except InterruptedError:            # told to stop: no time for pictures
             pass

@@ -193,8 +193,8 @@ def fit(finding, res, name, seed, args, steps, out):
     out.parent.mkdir(parents=True, exist_ok=True)
     few = args.out / f"few-{res}" if finding == "dropout" else None
     data = ["--data", str(few), "--no-flip"] if few else []
-    train.main(["--multiscale", "off", *flags.split(), *data, "--res", str(res), "--model",
-                args.model, "--batch", str(args.batch), "--lr", str(args.lr), "--warmup", "100",
+    train.main(["--multiscale", "off", *flags.split(), *data, "--res", str(res), "--accum", "1",
+                "--model", args.model, "--batch", str(args.batch), "--lr", str(args.lr), "--warmup", "100",
                 "--steps", str(steps), "--seed", str(seed), "--out", str(out),
                 "--sample-every", "0"])
     return few

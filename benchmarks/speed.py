@@ -416,7 +416,7 @@ def command(*arguments, ranks=0, threads=None, **env):
     start = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
     with tempfile.TemporaryDirectory() as out:
         call = [sys.executable, *(["-m", *start] if ranks else []), HERE / "train.py", "--out", f"{out}/run",
-                "--sample-every", "0", *arguments]
+                "--sample-every", "0", "--accum", "1", *arguments]
         env = os.environ | env | (dict(OMP_NUM_THREADS=str(threads)) if threads else {})
         began = time.perf_counter()
         subprocess.run(list(map(str, call)), check=True, capture_output=True, env=env)
@@ -447,7 +447,7 @@ def ranks(rounds=3):
                 how["DEVICE"] = "cpu"
                 _, log = command("--model", model, "--res", 64, "--batch", batch, "--steps", steps,
                                  "--log-every", steps // 3, **how)
-                speeds.append(max(line["images_per_second"] for line in log[1:]))
+                speeds.append(max(line["images_per_second"] for line in log[2:]))
             ends.append(speeds)
         say(f"| `{model}`, batch {batch} | {ratio([b for a, b in ends], [a for a, b in ends])} |")
 

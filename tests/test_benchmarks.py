@@ -247,30 +247,30 @@ def test_ablations_train_score_and_write_a_table_and_go_on(tmp_path, monkeypatch
     ablations = ablations_module()
     monkeypatch.setattr(ablations, "HERE", tmp_path)
     (tmp_path / "RESULTS.md").write_text("# Results\n\nbefore\n")
-    flags = ["--finding", "multiscale", "--sizes", "64", "--steps", "2", "--batch", "2", "--seeds", "2", "--samples", "10", "--sample-steps", "10",
+    flags = ["--finding", "multiscale", "--sizes", "32", "--steps", "2", "--batch", "2", "--seeds", "2", "--samples", "10", "--sample-steps", "10",
              "--out", str(tmp_path / "runs")]
     ablations.main(flags)
     assert "step/s" not in capfd.readouterr().err               # the bars of several rows would run into each other
     page = (tmp_path / "RESULTS.md").read_text()
-    scores = {(name, seed): json.loads((tmp_path / f"runs/multiscale-tiny-64-{name}-2x2-{seed}/scores.json").read_text()) for name in ("off", "on") for seed in (0, 1)}
+    scores = {(name, seed): json.loads((tmp_path / f"runs/multiscale-tiny-32-{name}-2x2-{seed}/scores.json").read_text()) for name in ("off", "on") for seed in (0, 1)}
     two = [scores["on", seed]["structure"] for seed in (0, 1)]
-    assert f"| 64 | on | {np.mean(two):.4f} ± {abs(two[0] - two[1]) / 2**.5:.4f} |" in page and page.startswith("# Results\n\nbefore\n")
+    assert f"| 32 | on | {np.mean(two):.4f} ± {abs(two[0] - two[1]) / 2**.5:.4f} |" in page and page.startswith("# Results\n\nbefore\n")
     gaps = [scores["off", seed]["structure"] - scores["on", seed]["structure"] for seed in (0, 1)]
-    assert f"| 64 | on | {np.mean(gaps):+.4f} ± {abs(gaps[0] - gaps[1]) / 2**.5:.4f} |" in page
+    assert f"| 32 | on | {np.mean(gaps):+.4f} ± {abs(gaps[0] - gaps[1]) / 2**.5:.4f} |" in page
     small, full = np.mean([scores["on", seed]["errors"] for seed in (0, 1)], 0)
-    assert f"| 64 | on | {small[0]:.3f} ({full[0]:.3f}) | {small[1]:.3f} ({full[1]:.3f}) |" in page
+    assert f"| 32 | on | {small[0]:.3f} ({full[0]:.3f}) | {small[1]:.3f} ({full[1]:.3f}) |" in page
     gap = np.mean([scores["off", seed]["errors"][0][0] - scores["on", seed]["errors"][0][0] for seed in (0, 1)])
-    assert f"| 64 | on: less than off by | {gap:+.3f} ± " in page
-    assert Image.open(tmp_path / "multiscale-tiny-64-2x2-2-seeds.png").size[0] > 720
-    assert "](multiscale-tiny-64-2x2-2-seeds.png)" in page
+    assert f"| 32 | on: less than off by | {gap:+.3f} ± " in page
+    assert Image.open(tmp_path / "multiscale-tiny-32-2x2-2-seeds.png").size[0] > 720
+    assert "](multiscale-tiny-32-2x2-2-seeds.png)" in page
     when = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("*.*") if file.suffix in (".pt", ".json")}
     ablations.main(flags)
     assert when == {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("*.*") if file.suffix in (".pt", ".json")} and (tmp_path / "RESULTS.md").read_text() == page
     ablations.main([*flags, "--rows", "on"])                    # a table and a picture more
     after = (tmp_path / "RESULTS.md").read_text()
     some = after.removeprefix(page.rstrip())
-    assert len(some) < len(after) and f"| 64 | on | {np.mean(two):.4f} ± {abs(two[0] - two[1]) / 2**.5:.4f} |" in some and "off" not in some
-    assert Image.open(tmp_path / "multiscale-tiny-64-on-2x2-2-seeds.png")
+    assert len(some) < len(after) and f"| 32 | on | {np.mean(two):.4f} ± {abs(two[0] - two[1]) / 2**.5:.4f} |" in some and "off" not in some
+    assert Image.open(tmp_path / "multiscale-tiny-32-on-2x2-2-seeds.png")
     ablations.main([*flags, "--rows", "on", "off"])             # the finding's order
     assert (tmp_path / "RESULTS.md").read_text() == after
 

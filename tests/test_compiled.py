@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import memory
 import sample as sampling
 import train
 import uvit
@@ -74,6 +75,21 @@ def test_compiled_dropout_has_the_same_masks_in_the_backward_pass(tmp_path, litt
     for p, budget in (("0.3", 1), ("0", .6)):
         run_train(tmp_path / p, "--steps", "1", "--compile", "on", "--dropout", p)
         assert torch._functorch.config.activation_memory_budget == budget
+
+
+def test_the_rehearsal_of_the_memory_compiles_what_training_runs_and_nothing_else(tmp_path, little, monkeypatch):
+    for name in ("memory", "train"):
+        monkeypatch.setattr(f"{name}.RAISES", {"cpu"})
+    graphs, runs = [], {}
+    monkeypatch.setattr(torch, "compile", partial(compile_in_python, backend=lambda graph, inputs: graphs.append(graph) or graph.forward))
+    for accum in "02":
+        torch._dynamo.reset()
+        graphs.clear()
+        monkeypatch.setattr(memory, "parts_that_fit", lambda *rest: (2, "as asked"))
+        monkeypatch.setattr(train, "parts_that_fit", memory.parts_that_fit)
+        run_train(tmp_path / accum, *FEW, "--compile", "on", "--accum", accum, "--steps", "2")
+        runs[accum] = len(graphs)
+    assert runs["0"] == runs["2"] > 0
 
 
 def test_no_compiler_is_one_line(tmp_path, trained_run):

@@ -27,9 +27,9 @@ def kept_for_real(config, count):
         return tensor
     if config["recompute"]:
         memory.recompute_blocks(model)
-    x, t, logsnr = torch.rand(count, 3, 32, 32), torch.rand(count), train.logsnr_schedule("shifted", 32, 32)
+    x, t, logsnr = torch.rand(count, 3, config["res"], config["res"]), torch.rand(count), train.logsnr_schedule("shifted", config["res"], 32)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        losses.diffusion_loss(model, x, t, torch.randn_like(x), logsnr)
+        losses.diffusion_loss(model, x, t, torch.randn_like(x), logsnr, None, config["loss"], config["multiscale"] == "on")
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
@@ -38,7 +38,8 @@ def config_of(*flags):
     return config | dict(bf16="off", compile="off")
 
 
-@pytest.mark.parametrize("flags", [[], ["--text", "bytes"], ["--net", "unet", "--blocks-16", "2"], ["--skips", "level"]], ids=" ".join)
+@pytest.mark.parametrize("flags", [[], ["--text", "bytes"], ["--net", "unet", "--blocks-16", "2"], ["--skips", "level"], ["--res", "160", "--dropout", ".1"],
+                                   ["--res", "64", "--multiscale", "on"], ["--loss", "sid2"]], ids=" ".join)
 def test_what_is_kept_of_a_picture_is_what_autograd_keeps_of_one_more(little, flags):
     config = config_of(*flags)
     real = kept_for_real(config, 3) - kept_for_real(config, 2)
@@ -63,10 +64,13 @@ def test_recomputed_blocks_keep_their_input_and_the_largest_counts_once(little):
 
 
 def test_weights_gradient_moments_and_average_are_20_bytes_a_weight(little):
+    beside = memory.BASE + 100 * 12 * 32 * 32
     fixed, each, weights = memory.needed(config_of(), 10, 1, "cpu")
-    assert weights == sum(p.numel() for p in sampling.network(config_of(), 10).parameters()) and fixed == memory.BASE + 20 * weights
+    assert weights == sum(p.numel() for p in sampling.network(config_of(), 10).parameters()) and fixed == beside + 20 * weights
     half, less, _ = memory.needed(config_of() | dict(bf16="on", compile="on", shard=True), 10, 2, "cpu")
-    assert half == memory.BASE + 11 * weights and less == .75 * .5 * each
+    ddp, compiled, _ = memory.needed(config_of() | dict(compile="on"), 10, 2, "cpu")
+    assert ddp == beside + 24 * weights and compiled == .5 * each
+    assert half == beside + 11 * weights and less == .75 * each
 
 
 @pytest.mark.parametrize("version, files, room", [
@@ -75,7 +79,7 @@ def test_weights_gradient_moments_and_average_are_20_bytes_a_weight(little):
     ("0::/a/b\n", {"a/memory.max": "6000", "a/memory.current": "2500", "a/b/memory.max": "max", "a/b/memory.current": "100"}, 3500),
     ("0::/../c\n", {"memory.max": "900", "memory.current": "100"}, 800),
     ("9:cpu:/x\n4:memory:/a/b\n0::/\n", {"memory/a/b/memory.limit_in_bytes": "6000", "memory/a/b/memory.usage_in_bytes": "1000",
-                                         "memory/a/b/memory.stat": "total_inactive_file 200\n"}, 5200),
+                                         "memory/a/b/memory.stat": "inactive_file 7\ntotal_inactive_file 150\ntotal_active_file 50\n"}, 5200),
     ("4:memory:/gone\n", {"memory/memory.limit_in_bytes": "700", "memory/memory.usage_in_bytes": "100"}, 600),
     ("", {}, float("inf"))], ids=["none", "own", "parent", "outside", "version 1", "in a container", "no groups"])
 def test_limits_of_control_groups_are_those_of_the_group_and_all_around_it(tmp_path, version, files, room):
@@ -117,9 +121,9 @@ def test_what_does_not_fit_says_what_it_needs_and_what_would(monkeypatch, capsys
     monkeypatch.setattr(memory, "available", lambda device: 24 * GB)
     flags = ["--bf16", "off", "--compile", "off", "--res", "512", "--out", str(tmp_path / "run")]
     error = one_line(capsys, train.main, ["--model", "paper", *flags])
-    assert error == "--res 512 --model paper: 2,455 M weights and one picture at a time need 53.4 GB of memory, and 24 GB " \
+    assert error == "--res 512 --model paper: 2,455 M weights and one picture at a time need 53.7 GB of memory, and 24 GB " \
         "are free; --model base would fit\n" and not (tmp_path / "run").exists()
-    monkeypatch.setattr(memory, "available", lambda device: 9 * GB)
+    monkeypatch.setattr(memory, "available", lambda device: 9.6 * GB)
     assert "; --recompute or --model small would fit" in one_line(capsys, train.main, ["--model", "base", *flags])
     monkeypatch.setattr(memory, "available", lambda device: .1 * GB)
     assert "; a smaller --res would fit" in one_line(capsys, train.main, ["--model", "tiny", *flags])
@@ -129,6 +133,7 @@ def test_two_parts_or_eight_are_the_same_weights_and_a_resumed_run_keeps_its_par
     """To rounding where the memory differs from one run to the next; to the last bit within a run."""
     train_auto = ["--accum", "0", "--batch", "16", "--steps"]
     monkeypatch.setattr(memory, "BASE", 0)
+    monkeypatch.setattr(memory, "REPORT", 0)
     fixed, each, _ = memory.needed(config_of(), 10, 1, "cpu")
     free = lambda pictures: lambda device: 2 * (fixed + each * pictures * 1.01)
     saved = {}
@@ -153,7 +158,7 @@ import os, sys
 sys.path[:0] = [{str(HERE)!r}, {str(HERE / "tests")!r}]
 import little, torch, memory, train
 memory.RAISES.add("cpu")
-fixed, each, _ = memory.needed(vars(train.parse_config({SMALL!r})), 10, 1, "cpu")
+fixed, each, _ = memory.needed(vars(train.parse_config({SMALL!r})), 10, 2, "cpu")
 rank = int(os.environ["RANK"])
 memory.available = lambda device: 2 * (fixed + (8, 4)[rank] * each * 1.01)       # rank 1 has room for half as many
 honest, sizes = memory.diffusion_loss, []
@@ -206,7 +211,7 @@ def test_out_of_memory_in_the_midst_of_training_ends_with_a_line_that_says_how_t
     with pytest.raises(SystemExit) as stop:
         run_train(tmp_path / "run", "--steps", "4", "--save-every", "1")
     assert stop.value.code == 1 and capsys.readouterr().err.splitlines()[-1] == \
-        "out of memory (CUDA out of memory. Tried to allocate 2 GiB.): a larger --accum, the parts of a batch, takes less, and the " \
+        "out of memory (CUDA out of memory. Tried to allocate 2 GiB.): a larger --accum, more parts than the start says, takes less; the " \
         f"same command with it goes on from the last checkpoint in {tmp_path}/run"
     monkeypatch.setattr(train, "diffusion_loss", honest)
     assert run_train(tmp_path / "run", "--steps", "4", "--accum", "2")["step"] == 4
