@@ -35,6 +35,12 @@ torch.set_num_threads(1)                    # small tensors: a second thread onl
 TIMES = torch.tensor([0, 1e-3, .5, .999, 1], dtype=torch.float64)
 
 
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """In each test, whichever ran before it."""
+    torch.manual_seed(0)
+
+
 def np_logsnr_cosine(t):
     """The clipped cosine by its definition, alpha = cos, sigma = sin: an oracle in numpy, float64."""
     low, high = np.arctan(np.exp(-7.5)), np.arctan(np.exp(7.5))

@@ -9,4 +9,4 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "benchmarks")]
 pytest.register_assert_rewrite("helpers", "test_all")
 
 from helpers import unbroken                # noqa: E402, F401
-from test_all import little, trained_run    # noqa: E402, F401
+from test_all import little, same_random_numbers, trained_run    # noqa: E402, F401
