@@ -616,6 +616,9 @@ def train(config, rank, world, device, meet, at_exit):
     # Besides a first part's gradient: that of the parts before it, Adam's moments, if they are new.
     reserve = sum(weights.numel() for weights in model.parameters()) * (4 if start else 12)
     while try_it and start < config.steps:
+        if master:
+            first = "compiling, a minute or two, then " if config.compile == "on" else ""
+            print(f"{first}trying {share // parts} pictures at a time ...".capitalize(), flush=True)
         with net.no_sync() if ddp else nullcontext():
             fits = torch.tensor(rehearse(net, vars(config), logsnr, report_label[:1].to(device),
                                          share // parts, reserve + int(BASE), autocast)).int()
