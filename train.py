@@ -118,7 +118,7 @@ NOT_FINITE_AT_MOST = 10         # gradients in a row, then the run ends
 CHECKPOINTS = "ckpt-" + 8 * "[0-9]" + ".pt"
 NOISE_LEVELS = 8                # times at which the loss by noise level is measured
 REPORT_STEPS = 50               # network calls for a picture of the grid
-FIRST_REPORT = 50               # step of a first grid, however seldom they are
+FIRST_REPORT = 50               # step of a first checkpoint and grid, however seldom they are
 EXPECT = """What to expect of flowers at 64 x 64: a loss of 0.25 at the start, 0.05 at step 250 (the
 grid shows coloured blobs), 0.03 at step 1,500 (flowers with petals, still ragged at the edges).
 The 1,500 steps took 15.5 minutes on two CPU cores."""
@@ -823,7 +823,7 @@ def train(config, rank, world, device, meet, at_exit):
         if unreadable:
             bar.close()
             fail_for_pictures()
-        if done % config.save_every == 0 or done == config.steps or stop:
+        if done % config.save_every == 0 or done in (FIRST_REPORT, config.steps) or stop:
             moments = [part for state in optimizer.state.values() for part in state.values()]
             sound = finite(shares([*model.parameters(), *ema.parameters(), *moments])).int().cpu()
             if ddp:

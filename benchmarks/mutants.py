@@ -434,7 +434,8 @@ ANYWHERE_MUTANTS = [
     ("train.py", "return \"off\" if trouble else \"on\"", "return \"on\"", "without_a_compiler"),
     ("train.py", "default_model(config.res, has_cuda())", "default_model(config.res, True)", "tiny_without_cuda"),
     ("train.py", "done in (1, config.steps) or stop", "done == config.steps or stop", "log_begins"),
-    ("train.py", "done in (FIRST_REPORT, config.steps)", "done == config.steps", "log_begins"),
+    ("train.py", "config.sample_every == 0 or done in (FIRST_REPORT, config.steps)", "config.sample_every == 0 or done == config.steps", "log_begins"),
+    ("train.py", "config.save_every == 0 or done in (FIRST_REPORT, config.steps)", "config.save_every == 0 or done == config.steps", "log_begins"),
     ("benchmarks/score.py", "/ max(1, len(f) - 1) ** .5", "/ len(f) ** .5", "octaves"),
     ("benchmarks/score.py", "torch.linalg.svdvals(x @ y.T)", "torch.linalg.svdvals(x @ y.T).square()", "octaves"),
 ]

@@ -226,8 +226,9 @@ def test_the_model_is_tiny_without_cuda_and_the_start_says_what_it_would_be_with
         assert "Default --model" not in capsys.readouterr().out
 
 
-def test_the_log_begins_with_the_first_step_and_a_first_grid_comes_early(tmp_path, little, monkeypatch):
+def test_the_log_begins_with_the_first_step_and_a_first_grid_and_checkpoint_come_early(tmp_path, little, monkeypatch):
     monkeypatch.setattr(train, "REPORT_STEPS", 1)
     run_train(tmp_path, "--batch", "1", "--steps", "60", "--log-every", "40", "--sample-every", "100", "--res", "16")
     assert [line["step"] for line in log_lines(tmp_path)] == [1, 40, 60]
     assert [line["step"] for line in log_lines(tmp_path, "loss_by_noise_level")] == [50, 60] and Path(tmp_path, "grid-0000050.png").exists()
+    assert Path(tmp_path, "ckpt-00000050.pt").exists()          # --save-every is 1000
