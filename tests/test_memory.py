@@ -109,10 +109,10 @@ def fit(monkeypatch, free, batch=256, world=1, device="cpu", fixed=1 * GB, each=
 def test_parts_are_the_fewest_that_fit(monkeypatch):
     """A CPU gives half of what is free, for the rest is other programs', and no more than pays."""
     assert [fit(monkeypatch, 60, each=each) for each in (.005 * GB, .01 * GB, .1 * GB, 2 * GB)] == [1, 2, 32, 256]
+    assert [fit(monkeypatch, free, device="cuda") for free in (800, 80, 29, 24, 8)] == [1, 1, 1, 2, 8]
     monkeypatch.setattr(memory, "CPU_PART", 1e12)
     assert [fit(monkeypatch, free) for free in (60, 50, 24, 8, 2.6, 2.2)] == [1, 2, 4, 16, 128, 256]
     assert [fit(monkeypatch, 8, batch, world) for batch, world in ((30, 1), (31, 1), (60, 2), (62, 2))] == [1, 31, 1, 31]
-    assert [fit(monkeypatch, free, device="cuda") for free in (800, 80, 29, 24, 8)] == [1, 1, 1, 2, 8]
     with pytest.raises(ValueError):
         fit(monkeypatch, 1.2)
 
