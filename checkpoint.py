@@ -1,27 +1,38 @@
-"""Files of a run: always whole when written, never trusted when read.
+"""Files: complete when written, checked when read; networks from files.
 
-`write` fills a new file beside its place, flushes it to the disk and renames it. Whoever is killed,
-whenever: a reader finds the old file or the new one, never half of one. `read` believes a file only
-after its checksums, and never runs what it holds. `carry_over` starts a network from another one's
-weights.
+`write` fills a new file beside its place, flushes it to the disk and renames it. Whenever a process
+is killed, a reader finds the old file or the new one, never half of one. `read` checks a file's
+checksums first and never runs code from it. Both raise; train.py and sample.py say it in a line.
+
+A checkpoint is a dict: format, config (the settings of the run), network (the numbers that define
+the network), classes (names), step, ema (weights by name), and what else is needed to go on:
+model, optimizer, pictures, seconds, skipped, at_a_time. model.pt is the first six of these.
 """
 import json
 import os
 import pickle
-import re
 import sys
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
-FORMAT = 2                  # of checkpoints and of model.pt; a file of a later one is refused
-BEFORE = dict(net="uvit", blocks_16=0, skips="block", text="", text_length=128,
-              portrait=False, init="", bias=None)    # what older ones do not say
-KEYS = dict(format=int, config=dict, classes=list, step=int, ema=dict)
+from schedule import height_width, logsnr_schedule
+from sid2 import ResidualUViT
+from text import text_encoder
+from unet import UNet
+from uvit import UViT
 
+FORMAT = 3                  # of checkpoints and of model.pt; a file of a later one is refused
+KEYS = dict(format=int, config=dict, network=dict, classes=list, step=int, ema=dict)
+
+
+# ---------------------------------------------------------------------------- files
 
 def write(path, write_to):
     """Let write_to(file) fill a new file, which then replaces `path` in one step.
@@ -78,16 +89,96 @@ def read(path):
     if saved["format"] > FORMAT:
         raise ValueError(f"{path}: format {saved['format']} is of a newer version of this code, "
                          f"which knows {FORMAT}: update the code")
+    try:
+        saved = upgraded(saved) if saved["format"] < 3 else saved
+    except Exception as error:
+        raise ValueError(f"{path}: not a checkpoint of ours ({type(error).__name__}: {error})")
     for key, kind in KEYS.items():
         if not isinstance(saved.get(key), kind):
             raise ValueError(f"{path}: not a checkpoint of ours, {key} is missing or wrong")
-    saved["config"] = BEFORE | saved["config"]
     return saved
 
 
+# ---------------------------------------------------------------------------- networks
+
+def build_network(architecture="uvit", skips="block", text="", text_length=0, text_width=0,
+                  **shape):
+    """The network of a checkpoint's `network`. shape: arguments of UViT, or of UNet."""
+    if architecture == "unet":
+        return UNet(**shape)
+    encoder = text_encoder(text, text_length, text_width)
+    return (ResidualUViT if skips == "level" else UViT)(**shape, text=encoder)
+
+
+def load_model(path, device):
+    """model.pt -> network with its EMA weights, and the dict of the file. Raises ValueError."""
+    saved = read(path)
+    config = saved["config"]
+    try:
+        with torch.device("meta"):          # takes no memory, however large the file says it is
+            model = build_network(**saved["network"])
+        model.load_state_dict(saved["ema"], assign=True)
+        schedule = logsnr_schedule(config["schedule"], config["res"], config["noise_d"])
+        assert schedule(torch.rand(2)).isfinite().all()
+        assert len(saved["classes"]) == saved["network"]["classes"]
+        for name in ("res", "portrait", "text", "text_length"):     # sample.py goes by the settings
+            assert saved["network"].get(name, config[name]) == config[name]
+        assert all(isinstance(name, str) for name in saved["classes"])
+        assert all(p.is_floating_point() and p.isfinite().all() for p in model.parameters())
+    except Exception as error:
+        if str(error).startswith("t5:"):
+            raise
+        raise ValueError(f"{path}: its weights are not those of the network it describes")
+    return model.to(device, torch.float32).eval().requires_grad_(False), saved
+
+
+def newest_model(with_text):
+    """The newest model.pt in runs/, else bundled weights -> its path, and which of these it is."""
+    runs = list(filter(os.path.isfile, Path("runs").glob("*/model.pt")))
+    if runs:
+        return max(runs, key=os.path.getmtime), "the newest in runs/"
+    bundled = "words.pt" if with_text else "flowers.pt"
+    return Path(__file__).parent / "assets" / bundled, "the bundled weights"
+
+
+CONDITIONING = "embedding.label.", "embedding.portrait.", "embedding.text.", "text."
+
+
+@torch.no_grad()
+def start_from(trained, model, same_classes):
+    """Copy the weights of a trained network into a new one of the same trunk (--init).
+
+    Not in the paper. Equal shapes are copied, but for the embedding of other classes. The first and
+    last layer keep the channels of the coarse bands, those of new, finer bands start at zero.
+    Positions are interpolated. Conditioning that is new or of another size starts anew. Raises
+    ValueError, which names the weights, on any other difference.
+    """
+    old, new = trained.state_dict(), model.state_dict()         # new shares the model's memory
+    for name in sorted(old.keys() | new.keys()):
+        a, b = old.get(name), new.get(name)
+        shapes = [list(weights.shape) if weights is not None else None for weights in (a, b)]
+        cross_attention = name.startswith("transformer.") and name.split(".")[2] == "2"
+        if name.startswith(CONDITIONING) or cross_attention:
+            keep = shapes[0] == shapes[1] and (same_classes or "label" not in name)
+            if keep:
+                b.copy_(a)
+        elif shapes[0] == shapes[1]:
+            b.copy_(a)
+        elif name == "position" and shapes[0][1] == shapes[1][1]:
+            b.copy_(F.interpolate(a, b.shape[2:], mode="bilinear"))
+        elif name.startswith(("project_in.", "project_out.")) and shapes[0][2:] == shapes[1][2:] \
+                and all(before <= now for before, now in zip(*shapes)):
+            b.zero_()
+            b[tuple(map(slice, a.shape))] = a
+        else:
+            raise ValueError(f"another trunk, {name} is {shapes[0]} there, {shapes[1]} here: it "
+                             "takes the same --model and settings of the network, and as many "
+                             "halvings from the largest map to the smallest")
+
+
 def release(path, out):
-    """model.pt or a checkpoint -> a model.pt in bfloat16, half as large, with no word of where it
-    was made, but for the name of its T5. Raises ValueError and OSError, as read and write do.
+    """model.pt or a checkpoint -> a model.pt in bfloat16, half as large, without file names but
+    for that of its T5. Raises ValueError and OSError, as read and write do.
     """
     saved = read(path)
     saved = {key: saved[key] for key in KEYS}
@@ -96,59 +187,49 @@ def release(path, out):
     write(out, lambda file: torch.save(saved, file))
 
 
-# What classes, the way up and captions add to a network; the part of it by which they are heard.
-CONDITIONS = re.compile(r"embedding\.(label|portrait|text)\.|text\.|transformer\.\d+\.2\.")
-HEARD_BY = "embedding.label.", "embedding.portrait.", "embedding.text.1."
+# ---------------------------------------------------------------------------- older files
+
+# What the names of models meant before files held the numbers (formats 1 and 2).
+OLD_MODELS = dict(
+    tiny=((16, 16, 48, 128), (1, 1, 1), 4, 64, 256, 0.0, "sines"),
+    mini=((32, 64, 96, 192), (1, 1, 2), 8, 64, 192, 0.0, "sines"),
+    small=((64, 96, 192, 512), (2, 2, 2), 8, 64, 512, 0.1, "gauss"),
+    base=((128, 192, 384, 1024), (2, 2, 2), 16, 64, 1024, 0.1, "gauss"),
+    paper=((128, 256, 512, 2048), (2, 2, 2), 36, 128, 1024, 0.2, "gauss"))
+OLD_DEFAULTS = dict(net="uvit", blocks_16=0, skips="block", text="", text_length=128,
+                    portrait=False, init="", bias=None)
+OLD_NONE = dict(blocks_16=0, dropout=-1, accum=0, workers=-1)       # what stood for None
+ON_OFF = {"on": True, "off": False, "": None}
 
 
-@torch.no_grad()
-def carry_over(first, model, same_classes):
-    """A trained network -> its weights into `model`, for another size, other classes or captions.
+def upgraded(saved):
+    """A file of format 1 or 2 -> the same in format 3. Raises KeyError and the like."""
+    config = OLD_DEFAULTS | saved["config"]
+    config.pop("memory_budget", None)
+    config["architecture"] = config.pop("net")
+    for name, value in OLD_NONE.items():
+        config[name] = None if config.get(name, value) == value else config[name]
+    for name in ("multiscale", "compile", "bf16"):
+        config[name] = ON_OFF[config[name]]
+    widths, blocks, depth, head_dim, emb_dim, dropout, position_init = OLD_MODELS[config["model"]]
+    network = dict(architecture=config["architecture"], res=config["res"], head_dim=head_dim,
+                   emb_dim=emb_dim, classes=len(saved["classes"]),
+                   **{name: config[name] for name in ("patch", "dropout_res", "portrait")})
+    if config["architecture"] == "unet":
+        network |= dict(channels=widths[0], blocks_16=config["blocks_16"] or 12)
+        dropout = min(.1, dropout)
+    else:
+        network |= dict(widths=widths, blocks=blocks, depth=config["blocks_16"] or depth,
+                        position_init=position_init, text_width=emb_dim // 2,
+                        **{name: config[name] for name in ("skips", "text", "text_length")})
+    network["dropout"] = dropout if config["dropout"] is None else config["dropout"]
+    renamed = {part: {name.replace("unpool.", "upsample."): weights
+                      for name, weights in saved[part].items()}
+               for part in ("ema", "model") if part in saved}
+    return saved | renamed | dict(format=FORMAT, config=config, network=network)
 
-    Not in the paper. The coarse bands of the wavelet, which are the first channels, keep their
-    weights; finer bands that are new enter the channels that were there with zero weights. A
-    position keeps its distance from the middle, in shorter sides of the map. Conditions that are
-    new, other classes too, start unheard (HEARD_BY is zero); of a class or way up that is gone the
-    null row is added to the clock's bias.
-    Raises ValueError if it is another network, or its top level a wider one.
-    """
-    weights, own = first.state_dict(), model.state_dict()       # own shares the model's memory
-    kept = dict(label=same_classes, portrait=True)
-    for table, nothing_said in dict(label=-1, portrait=0).items():
-        name = f"embedding.{table}.weight"
-        if name in weights and not (name in own and kept[table]):
-            bias = weights["embedding.linear_out.bias"]
-            weights["embedding.linear_out.bias"] = bias + weights.pop(name)[nothing_said]
-    last = len(model.up) - 1
-    top = re.compile(rf"project_|norm_out\.|(down|pool)\.0\.|(up|unpool)\.{last}\.")
-    room = len(model.norm_out.weight) >= len(first.norm_out.weight)
-    for name in sorted(own.keys() | weights.keys()):
-        new, old = own.get(name), weights.get(name)
-        if (new is None or old is None) and CONDITIONS.match(name):
-            if name.startswith(HEARD_BY) and old is None:
-                new.zero_()
-            continue
-        shapes = [list(part.shape) if part is not None else "none" for part in (old, new)]
-        if shapes[0] == shapes[1]:
-            new.copy_(old)
-        elif name == "position" and shapes[0][1] == shapes[1][1]:
-            (H, W), (h, w) = new.shape[2:], old.shape[2:]
-            y, x = ((torch.arange(n) + .5 - n / 2) * 2 / m * min(h, w) / min(H, W)
-                    for n, m in ((H, h), (W, w)))       # the old map spans [-1, 1]
-            at = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)[None]     # (1, H, W, 2)
-            new.copy_(F.grid_sample(old, at, padding_mode="border", align_corners=False))
-        elif room and "none" not in shapes and top.match(name) and shapes[0][2:] == shapes[1][2:]:
-            if ".film." in name:                # scales, then shifts
-                new, old = (part.unflatten(0, (2, -1)).transpose(0, 1) for part in (new, old))
-            corner = tuple(slice(min(sizes)) for sizes in zip(new.shape, old.shape))
-            new[corner[0]] = 0                  # what was there does not hear what is new
-            new[corner] = old[corner]
-        else:
-            raise ValueError(f"another network, {name} is {shapes[0]} there, {shapes[1]} here: it "
-                             "takes the same --model, --net, --patch, --skips, --blocks-16, --text "
-                             "and --text-length, and a --res with as many halvings between the "
-                             "network's top and bottom, the top no narrower")
 
+# ---------------------------------------------------------------------------- locks and logs
 
 def lock(path, patience=60):
     """Open `path` to append, for this process alone until it ends -> file, unbuffered.
@@ -197,6 +278,106 @@ def trim(file, step):
             break
         end += len(line)
     file.truncate(end)
+
+
+# ---------------------------------------------------------------------------- samples
+
+class SampleFolder:
+    """Where sample.py writes: one PNG per picture, samples.npz for evaluators of FID, grid.png.
+
+    settings.json holds what was asked for, so that the same command goes on where it stopped:
+
+        the same settings       finished pictures stay
+        others, in samples/     its pictures are removed
+        others, in an --out     refused, as is a folder with pictures but without settings.json
+    """
+
+    BEFORE = dict(guidance_interval=[-99, 99], portrait=False, schedule=None)   # of older files
+
+    def __init__(self, options, res, ckpt, ranks):
+        self.out, self.named = Path(options.out or "samples"), bool(options.out)
+        self.res, self.count, self.film, self.ranks = res, options.n, options.film, ranks
+        self.size = height_width(res)[::1 if options.portrait else -1]         # width, height
+        checksums = [info.CRC for info in zipfile.ZipFile(ckpt).infolist()]
+        self.settings = vars(options) | dict(
+            ckpt=f"{zlib.crc32(repr(checksums).encode()):08x}", out="",
+            device=ranks.device.type, bf16=ranks.has_bf16,
+            guidance_interval=list(options.guidance_interval or self.BEFORE["guidance_interval"]),
+            prompt=options.prompt or None, prompts=options.prompts or None)
+        del self.settings["compile"], self.settings["film"]     # they change nothing in a picture
+
+    def start_or_continue(self):
+        """Lock the folder, made if need be, and meet the other ranks. Raises ValueError."""
+        trouble = self.open_here() if self.ranks.first else None
+        if self.ranks.distributed:
+            self.ranks.join(timeout=7 * 24 * 60)    # minutes: one may have much left to draw
+        trouble = self.ranks.from_first(trouble)
+        if trouble:
+            raise ValueError(trouble)
+
+    def open_here(self):
+        """-> None, or why the folder cannot be used."""
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.lock = lock(self.out / "settings.json")
+            text = (self.out / "settings.json").read_text()
+            if not text:
+                foreign = next(self.out.glob("[0-9]*.png"), None)
+                if foreign:
+                    (self.out / "settings.json").unlink()
+                    return f"--out {self.out}: holds other pictures ({foreign.name}): name " \
+                        "another folder"
+            before = self.BEFORE | json.loads(text or "{}")
+            differ = [name for name, value in self.settings.items() if before.get(name) != value]
+            if text and differ and self.named:
+                name = differ[0]
+                return f"--out {self.out}: holds other pictures (--{name.replace('_', '-')} " \
+                    f"{before.get(name)}, now {self.settings[name]}): name another folder"
+            if differ:
+                self.start_over()
+            names = [f"{i:06d}.png" for i in range(self.count)]
+            for name in ["samples.npz", "grid.png", "film.png", *names]:
+                (self.out / f"{name}.part").unlink(missing_ok=True)     # of a killed command
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+            return f"--out {self.out}: cannot be used ({error}): name another folder"
+
+    def start_over(self):
+        for old in [*self.out.glob("[0-9]" * 6 + "*.png"), self.out / "samples.npz",
+                    self.out / "grid.png", self.out / "film.png"]:
+            old.unlink(missing_ok=True)
+        self.lock.truncate(0)
+        self.lock.write(json.dumps(self.settings).encode())
+
+    def has(self, numbers):
+        """Whether these pictures, and the film of the first one, are finished."""
+        try:
+            for i in numbers:
+                with Image.open(self.out / f"{i:06d}.png") as image:
+                    if image.size != self.size:
+                        return False
+        except OSError:
+            return False
+        return not self.film or 0 not in numbers or (self.out / "film.png").exists()
+
+    def save(self, name, image):
+        write(self.out / name, lambda file: image.save(file, "PNG"))
+
+    def read(self, i):
+        return np.asarray(Image.open(self.out / f"{i:06d}.png"))
+
+    def save_npz(self):
+        """arr_0 (N, H, W, 3) uint8, written picture by picture. The folder is finished then."""
+        header = dict(descr="|u1", fortran_order=False, shape=(self.count, *self.read(0).shape))
+
+        def fill(file):
+            with zipfile.ZipFile(file, "w") as archive:
+                with archive.open("arr_0.npy", "w", force_zip64=True) as array:
+                    np.lib.format.write_array_header_1_0(array, header)
+                    for i in range(self.count):
+                        array.write(self.read(i).tobytes())
+
+        write(self.out / "samples.npz", fill)
+        self.lock.close()
 
 
 if __name__ == "__main__":                  # python checkpoint.py runs/NAME/model.pt OUT

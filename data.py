@@ -1,26 +1,28 @@
-"""Pictures: a folder or zip of them, or flowers drawn here when there is none.
+"""Pictures to learn from: a folder or .zip, or the built-in flowers when there is none.
 
 A dataset is indexed by n, the running number of a picture in training: `dataset[n]` is a function
-of (seed, n) alone, so that any rank, worker or resumed run sees in step k exactly the pictures it
-should. `classes` lists the class names ([] if there are none); a class of len(classes) means none.
+of (seed, n) alone, so that any rank, loader process or resumed run sees the same pictures at the
+same step. `classes` lists the names of the classes, [] if there are none.
 
-    dataset[n] -> x: (3, H, W) float32 in [-1, 1], label: (2 + L,) int64, the row of text.py's
-                  `condition`, broken: {file it skipped: why}
+    dataset[n] -> x (3, H, W) float32 in [-1, 1], a Condition of plain numbers (label -1: no class),
+                  {name of a file that was skipped: why}
 """
 import io
-import math
 import os
 import stat
 import warnings
 import zipfile
+from collections import ChainMap
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from schedule import sides
-from text import condition
+from flowers import Flowers
+from schedule import height_width
+from text import tokenizer
+from uvit import Condition
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]  # by content; no PostScript
@@ -28,136 +30,49 @@ CACHE_BYTES = 1 << 28                       # decoded pictures kept in memory, p
 MAX_PIXELS, MAX_BYTES = 1 << 26, 1 << 27    # of one picture, of one file: else memory has no bound
 
 
-# ---------------------------------------------------------------------------- the built-in flowers
-
-PETALS = {
-    "red": (.86, .12, .15), "orange": (.97, .50, .10), "yellow": (.99, .83, .17),
-    "white": (.97, .95, .92), "pink": (.97, .50, .67), "magenta": (.82, .16, .55),
-    "purple": (.52, .26, .75), "blue": (.26, .42, .89)}
-GROUNDS = {
-    "green": (.18, .36, .20), "dark green": (.06, .17, .12), "brown": (.30, .21, .15),
-    "blue": (.55, .72, .85), "grey": (.45, .47, .48), "cream": (.90, .86, .74),
-    "night blue": (.08, .10, .22)}
-DISCS = {
-    "yellow": (.98, .78, .15), "brown": (.36, .20, .10), "green": (.55, .65, .20),
-    "dark": (.14, .09, .12)}
+def load_dataset(config):
+    """Config -> its dataset. Raises ValueError, in one line, if it cannot be read."""
+    tokens = tokenizer(config.text, config.text_length) if config.text else None
+    if not config.data:
+        return Flowers(config.res, config.seed, tokens, config.portrait)
+    return Pictures(config.data, config.res, config.seed, config.flip, tokens, config.portrait)
 
 
-NUMBERS = "three four five six seven eight nine ten eleven twelve".split()
+def collate(items):
+    """Items of a dataset -> x (B, 3, H, W), a Condition of tensors, {skipped file: why}."""
+    x, conditions, skipped = zip(*items)
+    return torch.stack(x), stacked(conditions), dict(ChainMap(*skipped))
 
 
-def never_shown(colour, petals):
-    """A quarter of all combinations never occurs in flowers with captions: a prompt may be new."""
-    return (list(PETALS).index(colour) + petals) % 4 == 0
+def stacked(conditions):
+    """Conditions of plain numbers (tokens: [] for none) -> one Condition of tensors."""
+    label, rotated, tokens = map(torch.tensor, zip(*conditions))
+    return Condition(label, rotated, tokens if tokens.numel() else None)
 
 
-def draw_flower(rng, petals, res, colours=PETALS):
-    """A flower seen from above, drawn by formulas, its edges equally sharp at every resolution.
-
-    rng: numpy Generator; petals: 3 to 12; res: size, d or "HxW"; colours: names to choose from ->
-    picture: (H, W, 3) float32 in [0, 1], caption: str.
-    All petals are one petal, folded by angle: turned by 2 pi / petals the flower is itself again.
-    """
-    H, W = sides(res)
-    res = min(H, W)                         # the shorter side spans [-1, 1]
-
-    def pick(table, names):
-        name = list(names)[rng.integers(len(names))]
-        colour = np.clip(np.array(table[name]) + rng.uniform(-.06, .06, 3), 0, 1)
-        return name, colour.astype(np.float32)
-
-    def cover(depth):                       # anti-aliased: 1 inside, 0 outside, one pixel wide
-        return np.clip(.5 + depth * (res / 2), 0, 1)
-
-    (petal_name, tip) = pick(PETALS, colours)
-    (ground_name, ground), (_, disc) = pick(GROUNDS, GROUNDS), pick(DISCS, DISCS)
-    base = np.clip(tip * rng.uniform(.35, 1.15) + rng.uniform(-.1, .2), 0, 1).astype(np.float32)
-    length, turn, twist = rng.uniform(.62, .88), rng.uniform(0, 2 * np.pi), rng.uniform(-.35, .35)
-    x0, y0 = rng.uniform(-.12, .12, 2).tolist()
-    p, q = rng.uniform(.5, 1.1), rng.uniform(.3, .9)    # outline s^p (1 - s)^q: round to pointed
-
-    # float32 and colours first, (3, H, W): numpy is four times as fast as the other way round.
-    x = ((np.arange(W, dtype=np.float32) + .5) * 2 - W)[None, :] / res
-    y = ((np.arange(H, dtype=np.float32) + .5) * 2 - H)[:, None] / res
-    tip, base, ground, disc = (colour[:, None, None] for colour in (tip, base, ground, disc))
-
-    def distance(x, y):
-        return np.sqrt(x * x + y * y)
-
-    # Background: a soft gradient and a few discs out of focus.
-    angle = rng.uniform(0, 2 * np.pi)
-    picture = ground * (1 + .25 * (math.cos(angle) * x + math.sin(angle) * y))
-    for bx, by, radius, light in rng.uniform((-1, -1, .1, -.06), (1, 1, .35, .10), (3, 4)).tolist():
-        off = distance(x - bx * W / res, y - by * H / res)
-        picture += light * np.clip((radius - off) / (.4 * radius), 0, 1)
-
-    # Polar coordinates, the angle folded into one petal's sector; u runs along the petal, w across.
-    r = distance(x - x0, y - y0)
-    theta = np.arctan2(y - y0, x - x0) + turn + twist * r
-    phi = np.mod(theta, 2 * np.pi / petals) - np.pi / petals
-    u, w = r * np.cos(phi), np.abs(r * np.sin(phi))
-    s = np.clip(u / length, 1e-4, 1 - 1e-4)
-
-    # Half-width of the petal, at most as wide as its sector where it is widest.
-    widest = p / (p + q)
-    half = min(.42 * length, rng.uniform(.72, 1.0) * widest * length * math.tan(np.pi / petals))
-    width = half * (s / widest) ** p * ((1 - s) / (1 - widest)) ** q
-    picture *= 1 - .35 * np.clip(1 - (r / length - .5) / .7, 0, 1)      # its shadow
-    across = np.clip(w / width, 0, 1)
-    light = 1 - .38 * across * across * across - .10 * (1 - s)
-    veins = int(rng.integers(2, 5))
-    vein = .5 + .5 * np.cos(2 * np.pi * veins * across)
-    light *= 1 - .16 * (vein * vein * vein) ** 2 * (s < .93)
-    speckled = rng.random() < .5
-    for at, aside in rng.uniform((.35, .05), (.75, .6), (4 * speckled, 2)).tolist():
-        at_width = half * (at / widest) ** p * ((1 - at) / (1 - widest)) ** q
-        light *= 1 - .55 * cover(.022 - distance(u - at * length, w - aside * at_width))
-    petal = (base + (tip - base) * s ** .7) * light
-    picture += cover(np.minimum(width - w, length - u)) * (petal - picture)
-
-    # The disc in the middle: rings of grains, as many to a ring as keep the symmetry.
-    radius = length * rng.uniform(.17, .26)
-    around = petals * (1 + 12 // petals)
-    grains = .5 + .5 * np.cos(5 * np.pi * r / radius) * np.cos(around * theta)
-    shade = (.72 + .42 * grains) * (1 - .35 * np.clip(r / radius, 0, 1) ** 4)
-    picture += cover(radius - r) * (disc * shade - picture)
-
-    # Some captions say more than others, and numbers are words or figures.
-    count = NUMBERS[petals - 3] if rng.random() < .5 else str(petals)
-    shape = ("pointed " if q > .65 else "round ") if rng.random() < .5 else ""
-    rest = f"{', speckled,' if speckled else ''} on {ground_name}" if rng.random() < .5 else ""
-    caption = f"a {petal_name} flower with {count} {shape}petals{rest}"
-    return np.clip(picture, 0, 1).transpose(1, 2, 0), caption
+def to_device(cond, device):
+    """A Condition's tensors to a device, without waiting."""
+    return Condition(*(part if part is None else part.to(device, non_blocking=True)
+                       for part in cond))
 
 
-class Flowers:
-    """Endless flowers: class c has c + 3 petals. Indexing: see the module's docstring.
-
-    With captions (tokens), a quarter of the combinations of colour and number is never shown.
-    """
-
-    names, unread = [], {}
-
-    def __init__(self, res, seed=0, tokens=None, portrait=False):
-        self.res, self.seed, self.tokens, self.portrait = res, seed, tokens, portrait
-        self.classes = [] if tokens else [f"{k} petals" for k in range(3, 13)]
-
-    def __getitem__(self, n):
-        rng = np.random.default_rng((self.seed, n))
-        label, res, colours = int(rng.integers(10)), self.res, PETALS
-        upright = self.portrait and rng.random() < .5
-        if upright:
-            res = "{1}x{0}".format(*sides(res))
-        if self.tokens:
-            colours = [colour for colour in PETALS if not never_shown(colour, label + 3)]
-        picture, caption = draw_flower(rng, label + 3, res, colours)
-        picture = np.rot90(picture, int(upright)).copy()
-        tokens = self.tokens(caption) if self.tokens else []
-        x = torch.from_numpy(picture).permute(2, 0, 1) * 2 - 1
-        return x, condition(label * (not self.tokens), upright, tokens), {}
+def to_uint8(x):
+    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8 numpy."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-# ---------------------------------------------------------------------------- real pictures
+def grid(pictures, columns):
+    """List of (H, W, 3) uint8 -> one PIL picture, row by row, white where the last row is short."""
+    h, w, _ = pictures[0].shape
+    rows = -(-len(pictures) // columns)
+    sheet = np.full((rows * h, columns * w, 3), 255, np.uint8)
+    for i, picture in enumerate(pictures):
+        y, x = i // columns * h, i % columns * w
+        sheet[y:y + h, x:x + w] = picture
+    return Image.fromarray(sheet)
+
+
+# ---------------------------------------------------------------------------- one picture
 
 def to_rgb(image):
     """Any picture PIL reads -> RGB, 8 bit: EXIF turn, transparency over white, 16 bit scaled.
@@ -206,7 +121,7 @@ class Pictures:
     the next one of the epoch taking its place, and noted in `broken`, {name: why}. Once these are
     more than half of all files, the pictures come out grey: it is for the caller to stop.
     tokens: what makes a caption, a line of the .txt beside the picture, a row of numbers; then
-    there are no classes. portrait: pictures that stand upright are turned to lie.
+    there are no classes. portrait: upright pictures are turned to lie.
     Raises ValueError if there is nothing to read.
     """
 
@@ -233,8 +148,8 @@ class Pictures:
         skip = 0 if self.is_folder else len(os.path.commonprefix(folders))
         first = [(folder[skip:] or [None])[0] for folder in folders]
         self.classes = [] if tokens else sorted(set(first) - {None})
-        number = {folder: i for i, folder in enumerate([*self.classes, None])}
-        self.labels = [number.get(folder, 0) for folder in first]
+        number = {folder: i for i, folder in enumerate(self.classes)}
+        self.labels = [number.get(folder, -1) for folder in first]      # -1: no class
         self.captioned = sum(os.path.splitext(name)[0] in self.texts for name in self.names)
         if tokens and not self.captioned:
             raise ValueError(f"--data {self.path}: no picture has a caption, a .txt beside it")
@@ -304,14 +219,14 @@ class Pictures:
         return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
 
     def open(self, name):
-        """One file -> RGB picture that covers res, whether it was turned. Raises what is wrong."""
+        """One file -> RGB picture that covers res, whether it was rotated. Raises what is wrong."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                     # damage that PIL can live with
             raw = self.bytes(name)
             with Image.open(io.BytesIO(raw), formats=FORMATS) as image:
                 if image.info.get("progressive") and raw.count(b"\xff\xda") > 100:
                     raise ValueError("too many scans")          # each takes as long as a picture
-                height, width = sides(self.res)
+                height, width = height_width(self.res)
                 side = max(height, width) * 3 // 2              # JPEG: decode what is needed,
                 image.draft("RGB", (side, side))                # above 50 dB from all of it
                 tile = getattr(image, "tag_v2", {})             # of a TIFF, may exceed the picture
@@ -319,20 +234,20 @@ class Pictures:
                        tile.get(322, 0) * tile.get(323, 0)) > MAX_PIXELS:
                     raise ValueError(f"{image.width} x {image.height} pixels are too many")
                 image = to_rgb(image)
-                upright = self.portrait and image.height > image.width
-                if upright:
+                rotated = self.portrait and image.height > image.width
+                if rotated:
                     image = image.transpose(Image.Transpose.ROTATE_90)
-                return cover(image, width, height), upright
+                return cover(image, width, height), rotated
 
     def picture(self, i):
-        """File i -> what is in it, (pixels (H, W, 3) uint8, whether it was turned, its captions),
+        """File i -> what is in it, (pixels (H, W, 3) uint8, whether it was rotated, its captions),
         and {} (kept in memory); or None, {name: why} if it is broken.
         """
         if i not in self.cache:
             try:
-                image, upright = self.open(self.names[i])
+                image, rotated = self.open(self.names[i])
                 pixels = np.asarray(image)
-                content = pixels, upright, self.captions(self.names[i]) if self.tokens else []
+                content = pixels, rotated, self.captions(self.names[i]) if self.tokens else []
             except Exception as error:      # whatever PIL or the disk raises: the run must go on
                 self.broken[self.names[i]] = reason(error)
                 return None, {self.names[i]: reason(error)}
@@ -354,17 +269,17 @@ class Pictures:
             broken |= why
             if content is not None or 2 * len(self.broken) > len(self.names):
                 break
-        height, width = sides(self.res)
+        height, width = height_width(self.res)
         if content is None:
             content = np.full((height, width, 3), 127, np.uint8), False, []
-        pixels, upright, captions = content
+        pixels, rotated, captions = content
         top = rng.integers(0, pixels.shape[0] - height + 1)
         left = rng.integers(0, pixels.shape[1] - width + 1)
         crop = pixels[top:top + height, left:left + width]
         if self.flip and rng.random() < .5:
-            crop = crop[::-1] if upright else crop[:, ::-1]     # left and right as they stood
+            crop = crop[::-1] if rotated else crop[:, ::-1]     # mirrored as it stood
         x = torch.from_numpy(crop.copy()).permute(2, 0, 1).float() / 127.5 - 1
         tokens = []
         if self.tokens:
             tokens = self.tokens(captions[rng.integers(len(captions))] if captions else "")
-        return x, condition(self.labels[i], upright, tokens), broken
+        return x, Condition(self.labels[i], int(rotated), tokens), broken

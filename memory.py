@@ -5,6 +5,7 @@
 The 20: weight 4, gradient 4, Adam's two moments 8, moving average 4. What is kept of a picture is
 counted on the "meta" device, which computes shapes alone: no memory, and about a second.
 """
+import dataclasses
 import gc
 import math
 import os
@@ -14,10 +15,10 @@ from pathlib import Path
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from loss import diffusion_loss
-from sample import network
-from schedule import logsnr_schedule, sides
-from uvit import PRESETS, residual_blocks
+from checkpoint import build_network
+from schedule import height_width
+from text import CrossAttentionBlock
+from uvit import PRESETS, AttentionBlock, MLPBlock, ResBlock
 
 BASE = 0.5e9                # bytes for decoded pictures, buffers and the like
 REPORT = 100                # pictures' bytes that a grid and the losses by noise level take
@@ -90,13 +91,19 @@ def available(device):
 
 # ---------------------------------------------------------------------------- what is needed
 
+def checkpointable_blocks(model):
+    """All residual blocks, which hold most of the weights and of the activations."""
+    kinds = (ResBlock, MLPBlock, AttentionBlock, CrossAttentionBlock)
+    return [part for part in model.modules() if isinstance(part, kinds)]
+
+
 def recompute_blocks(model):
-    """--recompute: keep the input of each residual block alone, compute the rest of it anew."""
-    for block in residual_blocks(model):
+    """--recompute: keep only the input of each residual block, compute the rest again."""
+    for block in checkpointable_blocks(model):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def kept_of_a_picture(model, config):
+def kept_per_picture(model, config, loss):
     """Bytes that the backward pass needs of one picture in float32; model: on the meta device."""
     own = {weight.untyped_storage()._cdata for weight in model.parameters()}
     kept, inside, largest = {}, [], 0       # storages: tensor; those of the block that runs
@@ -120,48 +127,51 @@ def kept_of_a_picture(model, config):
         nonlocal largest
         largest = max(largest, size(inside.pop()))
 
-    hooks = [hook for block in residual_blocks(model) if config["recompute"] for hook in
+    hooks = [hook for block in checkpointable_blocks(model) if config.recompute for hook in
              (block.register_forward_pre_hook(enter), block.register_forward_hook(leave))]
-    x = torch.empty(1, 3, *sides(config["res"]), device="meta")
-    logsnr = logsnr_schedule(config["schedule"], config["res"], config["noise_d"])
+    x = torch.empty(1, 3, *height_width(config.res), device="meta")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        diffusion_loss(model, x, torch.empty(1, device="meta"), torch.empty_like(x), logsnr,
-                       None, config["loss"], config["multiscale"] == "on", config["bias"])
+        loss(model, x, torch.empty(1, device="meta"), torch.empty_like(x))
     for hook in hooks:
         hook.remove()
     return size(kept) + largest
 
 
-def needed(config, classes, world, device_type):
-    """A configuration (a dict) -> bytes whatever the batch, bytes a picture, number of weights."""
-    with torch.device("meta"):
-        model = network(config, classes)
-    weights, bf16 = sum(weight.numel() for weight in model.parameters()), config["bf16"] == "on"
-    whole = config["compile"] == "on" and not config["recompute"] and not config["shard"]
-    each = kept_of_a_picture(model, config) * BACKWARD[device_type]
-    each *= (BF16 if bf16 else 1) * (COMPILED if whole else 1)
-    # Ranks add up gradients in buffers of their own; autocast keeps the weights in bf16, too.
-    a_weight = 20 + 4 * (world > 1 and not config["shard"]) + 2 * bf16
-    frozen = getattr(model.text, "encoder", None)           # a T5, which is not on "meta"
-    beside = sum(weight.nbytes for weight in frozen.parameters()) if frozen else 0
-    beside += BASE + REPORT * 12 * math.prod(sides(config["res"]))
-    return beside + weights * a_weight / (world if config["shard"] else 1), each, weights
+def needed(config, classes, world, device_type, loss):
+    """Bytes needed whatever the batch, bytes per picture, number of weights.
 
+    loss: (model, x, t, eps) -> the training loss.
+    """
+    with torch.device("meta"):
+        model = build_network(**config.network_settings(classes))
+    weights = sum(weight.numel() for weight in model.parameters())
+    whole = config.compile and not config.recompute and not config.shard
+    each = kept_per_picture(model, config, loss) * BACKWARD[device_type]
+    each *= (BF16 if config.bf16 else 1) * (COMPILED if whole else 1)
+    # Ranks add up gradients in buffers of their own; autocast keeps the weights in bf16, too.
+    per_weight = 20 + 4 * (world > 1 and not config.shard) + 2 * config.bf16
+    frozen = getattr(model.text, "encoder", None)           # a T5, which is not on "meta"
+    fixed = sum(weight.nbytes for weight in frozen.parameters()) if frozen else 0
+    fixed += BASE + REPORT * 12 * math.prod(height_width(config.res))
+    return fixed + weights * per_weight / (world if config.shard else 1), each, weights
+
+
+# ---------------------------------------------------------------------------- parts of a batch
 
 def divisor(share, least):
     """The smallest divisor of share that is at least `least`, share itself at most."""
     return next((parts for parts in range(max(1, least), share) if share % parts == 0), share)
 
 
-def parts_that_fit(config, classes, world, device):
-    """In how many parts a rank does its share of the batch -> parts, a line that says why.
+def parts_that_fit(config, classes, world, device, loss):
+    """In how many parts a rank computes its share of the batch -> parts, a line that says why.
 
-    Raises ValueError, one line, if not even one picture at a time fits.
+    Raises ValueError, in one line, if not even one picture at a time fits.
     """
-    share, free = config["batch"] // world, available(device)
-    kind = device.type
-    fixed, each, weights = needed(config, classes, world, kind)
-    room, gb = COMFORT[kind] * free - fixed, 1e9
+    share, free = config.batch // world, available(device)
+    kind, gb = device.type, 1e9
+    fixed, each, weights = needed(config, classes, world, kind, loss)
+    room = COMFORT[kind] * free - fixed
     why = (f"{each / gb:.2g} GB a picture, {fixed / gb:.2g} GB for weights and optimizer, "
            f"{free / gb:.3g} GB free")
     if kind == "cpu" and room > CPU_PART:
@@ -169,20 +179,39 @@ def parts_that_fit(config, classes, world, device):
     if fixed + each <= LIMIT[kind] * free:
         return divisor(share, -(-share // max(1, int(room / each)))), why
     models = [*PRESETS]
-    smaller = models[:models.index(config["model"])]
+    smaller = models[:models.index(config.model)]
     changes = [dict(recompute=True)] + [dict(shard=True)] * (world > 1)
     would = []
     for change in changes + [dict(model=name) for name in reversed(smaller)]:
-        fixed_then, each_then, _ = needed(config | change, classes, world, kind)
+        changed = dataclasses.replace(config, **change)
+        fixed_then, each_then, _ = needed(changed, classes, world, kind, loss)
         if fixed_then + each_then <= LIMIT[kind] * free:
             would += [f"--{name}" if value is True else f"--{name} {value}"
                       for name, value in change.items()]
             if "model" in change:
                 break
     raise ValueError(
-        f"--res {config['res']} --model {config['model']}: {weights / 1e6:,.0f} M weights and one "
+        f"--res {config.res} --model {config.model}: {weights / 1e6:,.0f} M weights and one "
         f"picture at a time need {(fixed + each) / gb:.3g} GB of memory, and {free / gb:.3g} GB "
         f"are free; {' or '.join(would) or 'a smaller --res'} would fit")
+
+
+def agree_on_parts(config, classes, ranks, loss):
+    """`parts_that_fit`, the most that one of the ranks needs; --accum if it is given.
+
+    Raises ValueError on all ranks if it does not fit on one.
+    """
+    if config.accum:
+        return config.accum, f"--accum {config.accum}"
+    try:
+        mine = *parts_that_fit(config, classes, ranks.world, ranks.device, loss), None
+    except ValueError as error:
+        mine = 0, "", str(error)
+    every = ranks.gather(mine)
+    for _, _, trouble in every:
+        if trouble:
+            raise ValueError(trouble)
+    return max(every)[:2]
 
 
 def out_of_memory(error):
@@ -191,21 +220,19 @@ def out_of_memory(error):
     return isinstance(error, torch.OutOfMemoryError) or any(part in str(error) for part in words)
 
 
-def rehearse(net, config, logsnr, label, count, reserve, autocast):
-    """Try the forward and backward pass of `count` pictures -> whether the memory was enough.
+def fits(forward, net, x, cond, count, reserve):
+    """Whether the memory is enough for the forward and backward pass of `count` pictures.
 
-    label: (1, 2 + L), the condition of one picture; reserve: bytes that training needs besides.
+    forward: (net, x, t, eps, cond=...) -> loss; x (1, 3, H, W), cond: of one picture; reserve:
+    bytes that training needs besides.
     """
-    device = label.device
     try:
-        _reserved = torch.empty(reserve, dtype=torch.uint8, device=device)
-        x = torch.zeros(count, 3, *sides(config["res"]), device=device)
-        t = torch.full((count,), .5, device=device)
-        with autocast:
-            loss = diffusion_loss(net, x, t, torch.zeros_like(x), logsnr,
-                                  label.repeat(count, 1), config["loss"],
-                                  config["multiscale"] == "on", config["bias"])
-        loss.backward()
+        _reserved = torch.empty(reserve, dtype=torch.uint8, device=x.device)
+        x = x.repeat(count, 1, 1, 1)
+        cond = type(cond)(*(p if p is None else p.repeat(count, *[1] * (p.dim() - 1))
+                            for p in cond))
+        t = torch.full((count,), .5, device=x.device)
+        forward(net, x, t, torch.zeros_like(x), cond=cond).backward()
         return True
     except RuntimeError as error:
         if not out_of_memory(error):
@@ -213,4 +240,4 @@ def rehearse(net, config, logsnr, label, count, reserve, autocast):
         return False
     finally:
         net.zero_grad(set_to_none=True)
-        gc.collect()                        # what a failed try still holds in circles
+        gc.collect()                        # what a failed try still holds in reference cycles

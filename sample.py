@@ -1,41 +1,36 @@
-"""Sampling (Appendix A): ancestral sampler, DDIM, guidance; `python sample.py` writes pictures.
+"""Sampling (Appendix A): ancestral and DDIM steps, guidance; `python sample.py` writes pictures.
 
-From z at t = 1, unit noise, a uniform grid of t runs down to 0 in `steps` steps t -> s, s < t. Each
-asks the network once for x_hat. The last step returns x_hat itself: N steps are N calls.
+Sampling starts from unit noise at t = 1 and goes down a uniform grid of times to t = 0. A step from
+t to s < t calls the network once, for x_hat, and draws z_s from z_t and x_hat. The last step
+returns x_hat itself.
 """
-import argparse
-import difflib
-import glob
-import json
 import math
-import os
-import re
 import signal
 import sys
-import zipfile
-import zlib
-from datetime import timedelta
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoint import lock, read, write
+from checkpoint import SampleFolder, load_model, newest_model
+from cli import IgnoreBrokenPipe, fail, flag, parse
+from data import grid, stacked, to_device, to_uint8
 from loss import x_from_v
-from schedule import SCHEDULES, alpha_sigma, logsnr_schedule, sides
-from text import condition, text_encoder, tokenizer, unconditional
-from unet import UNet
-from uvit import PRESETS, UViT
+from noise import picture_noise
+from ranks import Ranks, compiler_trouble
+from schedule import SCHEDULES, alpha_sigma, logsnr_schedule
+from text import tokenizer
+from uvit import Condition
 
 
 def ancestral_step(z, x_hat, logsnr_t, logsnr_s, gamma, noise):
     """Ancestral step t -> s (Appendix A): z_t, x_hat, noise: (B, C, H, W); logsnr: (B,) -> z_s.
 
-    mu = alpha_s (z_t (1 - c) / alpha_t + c x_hat), c = 1 - SNR_t / SNR_s; the log variance lies
-    between its two bounds, c sigma_t^2 (gamma = 1) and that of the posterior, c sigma_s^2 (0).
+    mu = alpha_s (z_t (1 - c) / alpha_t + c x_hat), c = 1 - SNR_t / SNR_s. The log variance is
+    interpolated between its lower bound, c sigma_s^2 (gamma = 0), and its upper, c sigma_t^2 (1).
     """
     alpha_t, sigma_t = alpha_sigma(logsnr_t)
     alpha_s, sigma_s = alpha_sigma(logsnr_s)
@@ -46,440 +41,238 @@ def ancestral_step(z, x_hat, logsnr_t, logsnr_s, gamma, noise):
 
 
 def ddim_step(z, x_hat, logsnr_t, logsnr_s):
-    """DDIM step t -> s (Song et al., 2021; for few steps): same x_hat and eps_hat, less noise."""
+    """DDIM step t -> s (Song et al., 2021; not in the paper): the same x_hat and eps_hat at s."""
     alpha_t, sigma_t = alpha_sigma(logsnr_t)
     alpha_s, sigma_s = alpha_sigma(logsnr_s)
     return alpha_s * x_hat + sigma_s * (z - alpha_t * x_hat) / sigma_t
 
 
-def guided(model, z, logsnr, label, guidance):
-    """v_hat with guidance (Appendix A), in one call: (B, C, H, W), (B,), label -> (B, C, H, W).
+def guided(model, z, logsnr, cond, guidance):
+    """v_hat with guidance (Appendix A), with and without condition in one batch.
 
-    eps_hat = (1 + eta) eps_cond - eta eps_uncond, guidance = 1 + eta; at the same z, eps is affine
-    in v, so the same combination of v gives it. guidance = 1 is the conditional model.
+    eps_hat = (1 + eta) eps_cond - eta eps_uncond, guidance = 1 + eta; 1 is the conditional model.
+    eps = sigma z + alpha v, and the two weights sum to 1: combining v_hat like this is the same.
     """
     if guidance == 1:
-        return model(z, logsnr, label).float()
-    assert label is not None, f"guidance {guidance} needs labels; 1 is off"
-    both = torch.cat([label, unconditional(label, model.classes)])
+        return model(z, logsnr, cond).float()
+    assert cond is not None, f"guidance {guidance} needs a condition; 1 is off"
+    uncond = cond.dropped(torch.ones(len(z), dtype=torch.bool, device=z.device))
+    both = Condition(*(p if p is None else torch.cat([p, q]) for p, q in zip(cond, uncond)))
     v_hat = model(torch.cat([z, z]), torch.cat([logsnr, logsnr]), both).float()
-    cond, uncond = v_hat.chunk(2)
-    return guidance * cond + (1 - guidance) * uncond
+    v_cond, v_uncond = v_hat.chunk(2)
+    return guidance * v_cond + (1 - guidance) * v_uncond
 
 
 @torch.no_grad()
-def sample(model, logsnr, noise, steps, label=None, sampler="ancestral", gamma=0.2, guidance=1.0,
-           interval=(-math.inf, math.inf), bar=False, watch=lambda i, z, x_hat: None):
-    """Pictures (B, C, H, W) in [-1, 1] by exactly `steps` calls of model (Appendix A).
+def sampling_steps(model, schedule, new_noise, steps, cond=None, sampler="ancestral", gamma=0.2,
+                   guidance=1.0, interval=(-math.inf, math.inf)):
+    """Yields (z_t, x_hat), (B, C, H, W) each, of every step; the last x_hat is the sample.
 
-    model: (z, logsnr, label) -> v_hat;  logsnr: a schedule, t -> (B,);  noise: () -> fresh unit
-    noise (B, C, H, W);  label: (B,) classes, (B, 2 + L) rows of `condition`, or None;  sampler:
-    "ancestral" or "ddim";  gamma: 0 to 1;  interval: of logsnr, where there is guidance (SiD2);
-    watch: is shown each step's number, z_t and x_hat.
+    model: (z, logsnr, cond) -> v_hat;  schedule: t -> logsnr (B,);  new_noise: () -> unit noise
+    (B, C, H, W);  sampler: "ancestral" or "ddim";  gamma: 0 to 1;  interval: of logsnr, outside of
+    which there is no guidance (SiD2).
     """
-    z = noise()
-    clock = logsnr(torch.linspace(1, 0, steps + 1))
-    pairs = clock.to(z.device).unfold(0, 2, 1)          # (steps, 2): now, and what comes next
-    for i in tqdm(range(steps), desc="sampling", disable=not bar, leave=False):
-        logsnr_t, logsnr_s = pairs[i, :, None].expand(2, len(z))
-        inside = interval[0] <= clock[i] <= interval[1]
-        v_hat = guided(model, z, logsnr_t, label, guidance if inside else 1)
+    z = new_noise()
+    logsnrs = schedule(torch.linspace(1, 0, steps + 1))     # on the CPU: to be compared below
+    for i in range(steps):
+        logsnr_t = logsnrs[i].to(z.device).expand(len(z))
+        logsnr_s = logsnrs[i + 1].to(z.device).expand(len(z))
+        inside = interval[0] <= logsnrs[i] <= interval[1]
+        v_hat = guided(model, z, logsnr_t, cond, guidance if inside else 1)
         x_hat = x_from_v(z, v_hat, *alpha_sigma(logsnr_t)).clamp(-1, 1)
-        watch(i, z, x_hat)
-        if i == steps - 1:
-            return x_hat
-        if sampler == "ddim":
+        yield z, x_hat
+        if i < steps - 1 and sampler == "ddim":
             z = ddim_step(z, x_hat, logsnr_t, logsnr_s)
-        else:
-            z = ancestral_step(z, x_hat, logsnr_t, logsnr_s, gamma, noise())
+        elif i < steps - 1:
+            z = ancestral_step(z, x_hat, logsnr_t, logsnr_s, gamma, new_noise())
 
 
-# ---------------------------------------------------------------------------- seeds and pictures
-
-# What a seed is for: the first number of its key, so that no two streams are ever the same.
-TRAINING, SAMPLING, DROPOUT = 1, 2, 3
-
-
-def seed_of(purpose, *key):
-    """A mixed seed from whole numbers, e.g. (TRAINING, seed, picture); CPUs use 32 bits of it."""
-    mixed = np.random.SeedSequence((purpose, *key)).generate_state(1, np.uint64)
-    return int(mixed[0] >> np.uint64(1))
-
-
-def picture_noise(seed, indices, res, device):
-    """A `noise` for `sample`: picture i's depends on (seed, i) alone, whatever shares its batch."""
-    generators = [torch.Generator(device).manual_seed(seed_of(SAMPLING, seed, i))
-                  for i in indices]
-    return lambda: torch.stack([torch.randn(3, *sides(res), generator=generator, device=device)
-                                for generator in generators])
-
-
-def to_uint8(x):
-    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8 numpy."""
-    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-
-
-def grid(pictures, columns):
-    """List of (H, W, 3) uint8 -> one PIL picture, row by row, white where the last row is short."""
-    h, w, _ = pictures[0].shape
-    rows = -(-len(pictures) // columns)
-    sheet = np.full((rows * h, columns * w, 3), 255, np.uint8)
-    for i, picture in enumerate(pictures):
-        y, x = i // columns * h, i % columns * w
-        sheet[y:y + h, x:x + w] = picture
-    return Image.fromarray(sheet)
-
-
-# ---------------------------------------------------------------------------- command line, ranks
-
-def fail(message, code=2, every_rank=False):
-    """End with one line and no traceback. Code 2: the input is wrong; 1: the world around is."""
-    if every_rank or os.environ.get("LOCAL_RANK", "0") == "0":      # once a node
-        print(" ".join(str(message).splitlines()), file=sys.stderr, flush=True)
-    raise SystemExit(code)
-
-
-class Steady:
-    """stdout or stderr whose reader may leave, or whose disk may fill: the rest goes nowhere."""
-
-    def __init__(self, file):
-        self.file = file
-        file.reconfigure(errors="backslashreplace")     # files may be named anything
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
-    def write(self, text):
-        try:
-            self.file.write(text)
-            self.file.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
-        return len(text)
-
-    def flush(self):
+def sample(*args, **options):
+    """Pictures (B, C, H, W) in [-1, 1] by exactly `steps` calls of model; see `sampling_steps`."""
+    for _, x_hat in sampling_steps(*args, **options):
         pass
+    return x_hat
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line: the argument, the value, what would be right."""
+# ---------------------------------------------------------------------------- the command
 
-    def error(self, message):
-        message = re.sub(r"^argument (\S+): ", r"\1 ", message)
-        if message.startswith("unrecognized arguments"):
-            word = (message.partition(": ")[2].split() or ["''"])[0]
-            near = difflib.get_close_matches(word, self._option_string_actions, 1)
-            message = f"{word}: no such argument, {near[0] if near else '--help'} is one"
-        fail(message)
-
-
-def whole(text):
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text}: must be a whole number")
-
-
-def number(text):
-    try:
-        if math.isfinite(float(text)):
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text}: must be a finite number")
-
-
-def has_cuda():
-    """Whether there is a GPU by CUDA or ROCm. DEVICE=cpu in the environment: it is left alone."""
-    return torch.cuda.is_available() and os.environ.get("DEVICE") != "cpu"
+@dataclass
+class Options:
+    ckpt: str = flag("", "model.pt of a run (default: the newest in runs/, else assets/flowers.pt"
+                       ", or with prompts assets/words.pt)")
+    out: str = flag("", "folder for the pictures (default: samples)")
+    n: int | None = flag(None, "number of pictures (default: 16, or one per prompt)", least=1,
+                           most=10_000_000)
+    steps: int = flag(128, "network calls per picture", least=1, most=100_000)
+    sampler: str = flag("ancestral", "ancestral or ddim", choices=("ancestral", "ddim"))
+    gamma: float = flag(0.2, "variance of ancestral steps, 0 to 1", least=0, most=1)
+    guidance: float = flag(1.0, "1 + eta of the paper; 1 is off", least=0)
+    guidance_interval: tuple[float, float] | None = flag(
+        None, "logsnr between which there is guidance (default: everywhere)",
+        metavar=("LOW", "HIGH"))
+    schedule: str | None = flag(None, "cosine, shifted or interpolated (default: as trained)",
+                                  choices=SCHEDULES)
+    label: str = flag("", "class, by name or by number from 0 (default: all in turn)")
+    prompt: list[str] = flag([], "captions, drawn in turn")
+    prompts: str = flag("", "file with a caption per line")
+    portrait: bool = flag(False, "upright pictures, from a model trained with --portrait")
+    film: bool = flag(False, "also film.png: z_t and x_hat of the first picture from t = 1 to 0")
+    seed: int = flag(0, "same seed, same pictures", least=0, most=2**63)
+    batch: int = flag(16, "pictures at a time", least=1, most=10_000)
+    compile: bool = flag(False, "compile the network, for many pictures on a GPU")
 
 
-def pick_device():
-    """This rank's device, and whether its hardware has bf16."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if has_cuda():
-        if local_rank >= torch.cuda.device_count():
-            fail(f"rank {local_rank} has no GPU of its own: --nproc_per_node is at most "
-                 f"{torch.cuda.device_count()} here", every_rank=True)
-        torch.cuda.set_device(local_rank)
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.device("cuda", local_rank), has_bf16
-    if torch.backends.mps.is_available() and not {"DEVICE", "RANK"} & os.environ.keys():
-        return torch.device("mps"), False           # alone: gloo has no MPS
-    return torch.device("cpu"), torch.cpu._is_avx512_bf16_supported()
+EXAMPLES = """Draw pictures with a trained model.
+
+  python sample.py                                     16 pictures of the newest run
+  python sample.py --label "5 petals" --guidance 2     one class
+  python sample.py --prompt "a red flower"             a caption, by bundled weights
+  python sample.py --steps 24                          a fifth of the time
+"""
 
 
-def compiler_trouble(device):
-    """Why torch.compile does not work here, in a line; None if it does."""
-    try:
-        torch.compile(lambda x: x + 1)(torch.ones(4, device=device))
-    except Exception as error:              # of another kind on each platform
-        return f"no compiler works here ({(str(error).splitlines() or [type(error).__name__])[0]})"
-
-
-def network(config, classes):
-    """The network that a configuration (a dict) names, for this many classes."""
-    shape, dial = dict(PRESETS[config["model"]]), config["blocks_16"]
-    same = dict(classes=classes, patch=config["patch"], dropout_res=config["dropout_res"],
-                portrait=config["portrait"])
-    if config["net"] == "unet":
-        drop = config["dropout"] if config["dropout"] >= 0 else min(.1, shape["dropout"])
-        return UNet(config["res"], shape["widths"][0], shape["head"], shape["emb"], drop, **same,
-                    blocks_16=dial or 12)
-    if config["dropout"] >= 0:
-        shape["dropout"] = config["dropout"]
-    text = text_encoder(config["text"], config["text_length"], shape["emb"] // 2)
-    return UViT(config["res"], **shape | dict(depth=dial or shape["depth"]), **same, text=text,
-                residual=config["skips"] == "level")
-
-
-def load_model(path, device):
-    """model.pt -> network with EMA weights, the dict they came in. Raises ValueError, one line."""
-    saved = read(path)
-    config = saved["config"]
-    try:
-        with torch.device("meta"):          # takes no memory, whatever the file asks for
-            model = network(config, len(saved["classes"]))
-        model.load_state_dict(saved["ema"], assign=True)
-        some = logsnr_schedule(config["schedule"], config["res"], config["noise_d"])(torch.rand(2))
-        assert some.isfinite().all() and all(isinstance(name, str) for name in saved["classes"])
-        assert all(p.is_floating_point() and p.isfinite().all() for p in model.parameters())
-    except Exception as error:
-        if str(error).startswith("t5:"):
-            raise
-        raise ValueError(f"{path}: its weights are not those of the network it describes")
-    return model.to(device, torch.float32).eval().requires_grad_(False), saved
-
-
-def parse_args(argv):
-    """argv -> what to draw. Wrong input: a line, exit code 2."""
-    parser = Parser(description="Draw pictures with a trained model.", allow_abbrev=False)
-    parser.add_argument("--ckpt", default="", help="model.pt of a run (default: the newest; where "
-                        "there is no run, assets/flowers.pt, or with prompts assets/words.pt)")
-    parser.add_argument("--out", default="", help="folder for the pictures (default: samples)")
-    parser.add_argument("--n", type=whole, help="how many (default: 16, or one for each prompt)")
-    parser.add_argument("--steps", type=whole, default=128, help="network calls per picture")
-    parser.add_argument("--sampler", choices=["ancestral", "ddim"], default="ancestral")
-    parser.add_argument("--gamma", type=number, default=0.2, help="variance, 0 to 1")
-    parser.add_argument("--guidance", type=number, default=1.0, help="1 + eta; 1 is off")
-    parser.add_argument("--guidance-interval", type=number, nargs=2, default=[-99, 99],
-                        metavar=("LOW", "HIGH"), help="logsnr between which there is guidance")
-    parser.add_argument("--schedule", choices=SCHEDULES, help="(default: that of the training)")
-    parser.add_argument("--label", default="", help="a class: name, or number from 0")
-    parser.add_argument("--prompt", nargs="+", help="captions, in turns")
-    parser.add_argument("--prompts", metavar="FILE", help="file of more of them, a line each")
-    parser.add_argument("--portrait", action="store_true", help="pictures that stand upright")
-    parser.add_argument("--film", action="store_true",
-                        help="also film.png: z_t and x_hat of the first picture from t = 1 to 0")
-    parser.add_argument("--seed", type=whole, default=0)
-    parser.add_argument("--batch", type=whole, default=16, help="pictures at a time")
-    parser.add_argument("--compile", action="store_true",
-                        help="compile the network, with CUDA graphs: a minute, for many pictures")
-    args = parser.parse_args(argv)
-
-    if args.prompts:
+def parse_options(argv):
+    """argv -> Options. Wrong input: one line, exit code 2."""
+    options = parse(Options, argv, EXAMPLES)
+    if options.prompts:
         try:
-            lines = Path(args.prompts).read_text("utf-8-sig", "replace").splitlines()
+            lines = Path(options.prompts).read_text("utf-8-sig", "replace").splitlines()
         except OSError as error:
-            fail(f"--prompts {args.prompts}: {error.strerror}")
-        args.prompt = (args.prompt or []) + [line for line in lines if line.strip()]
-        if not args.prompt:
-            fail(f"--prompts {args.prompts}: holds no line")
-    args.n = len(args.prompt or 16 * [""]) if args.n is None else args.n
-    for name, least in dict(n=1, steps=1, batch=1, seed=0, guidance=0, gamma=0).items():
-        if getattr(args, name) < least:
-            fail(f"--{name} {getattr(args, name)}: must be at least {least}")
-    low, high = args.guidance_interval
-    if low > high:
-        fail(f"--guidance-interval {low} {high}: the first must be the lower")
-    if [low, high] != [-99, 99] and args.guidance == 1:
-        fail(f"--guidance-interval {low} {high}: needs a --guidance other than 1")
-    for name, most in dict(gamma=1, n=10_000_000, steps=100_000, batch=10_000, seed=2**63).items():
-        if getattr(args, name) > most:
-            fail(f"--{name} {getattr(args, name)}: must be at most {most}")
-    return args
+            fail(f"--prompts {options.prompts}: {error.strerror}")
+        options.prompt = options.prompt + [line for line in lines if line.strip()]
+        if not options.prompt:
+            fail(f"--prompts {options.prompts}: holds no line")
+    options.n = options.n or len(options.prompt) or 16
+    if options.guidance_interval:
+        low, high = options.guidance_interval
+        if low > high:
+            fail(f"--guidance-interval {low} {high}: the first must be the lower")
+        if options.guidance == 1:
+            fail(f"--guidance-interval {low} {high}: needs a --guidance other than 1")
+    return options
 
 
-def conditions(args, ckpt, config, classes):
-    """What is asked for, in turns -> rows of `condition`. What the model has not: a line."""
-    if args.prompt and not config["text"]:
-        fail(f"--prompt: needs a model with --text, and {ckpt} was trained without; "
-             "--ckpt assets/words.pt has it")
-    if args.portrait and not config["portrait"]:
-        fail(f"--portrait: needs a model with --portrait, and {ckpt} was trained without")
-    if not classes and args.label:
-        fail(f"--label {args.label}: needs a model with classes, and {ckpt} was trained without")
-    if not classes and not config["text"] and args.guidance != 1:
-        fail(f"--guidance {args.guidance}: needs a model with classes or text, and {ckpt} was "
-             "trained without")
-    if args.label in classes:
-        wanted = [classes.index(args.label)]
-    elif args.label:
-        if not args.label.isdecimal() or int(args.label) >= len(classes):
-            fail(f"--label {args.label}: must be one of 0 to {len(classes) - 1}, or of "
-                 f"{', '.join(classes)}, the classes of --ckpt {ckpt}")
-        wanted = [int(args.label)]
-    else:
-        wanted = range(len(classes) or 1)
-    wanted = [condition(label, args.portrait) for label in wanted]
+def conditions(options, ckpt, config, classes):
+    """What to draw in turn: a Condition per prompt, or per class, or one. Their fields are numbers
+    and lists; `stacked` makes a batch of tensors of them. A model with captions has no classes.
+
+    Exits with one line if the model was not trained for what was asked.
+    """
+    without = f"and {ckpt} was trained without"
+    if options.prompt and not config["text"]:
+        fail(f"--prompt: needs a model with --text, {without}; --ckpt assets/words.pt has it")
+    if options.portrait and not config["portrait"]:
+        fail(f"--portrait: needs a model with --portrait, {without}")
+    if options.label and not classes:
+        fail(f"--label {options.label}: needs a model with classes, {without}")
+    if options.guidance != 1 and not classes and not config["text"]:
+        fail(f"--guidance {options.guidance}: needs a model with classes or text, {without}")
+    portrait, label = int(options.portrait), options.label
     if config["text"]:
         try:
             tokens = tokenizer(config["text"], config["text_length"])
         except ValueError as error:
             fail(f"--ckpt {ckpt}: {error}")
-        wanted = [condition(0, args.portrait, tokens(prompt)) for prompt in args.prompt or [""]]
-    return wanted
+        return [Condition(-1, portrait, tokens(prompt)) for prompt in options.prompt or [""]]
+    if not label:
+        return [Condition(i, portrait, []) for i in (range(len(classes)) if classes else [-1])]
+    if label not in classes and not (label.isdecimal() and int(label) < len(classes)):
+        fail(f"--label {label}: must be one of 0 to {len(classes) - 1}, or of "
+             f"{', '.join(classes)}, the classes of --ckpt {ckpt}")
+    return [Condition(classes.index(label) if label in classes else int(label), portrait, [])]
 
 
-def open_folder(out, settings, pictures, named):
-    """Lock the folder, for rank 0. Pictures of the same settings stay, so that the same command
-    goes on. Of other settings they are removed, or, in a folder that --out named, refused, as are
-    numbered pictures without settings.json.
+def draw_batch(model, schedule, options, conds, numbers, res, device, folder, bar):
+    """Draw the pictures with these numbers and write them; with --film, film.png of picture 0."""
+    # Compiled code is for one size of batch: the last batch then draws some pictures too many.
+    size = min(options.batch, options.n) if options.compile else len(numbers)
+    drawn = range(numbers[0], numbers[0] + size)
+    cond = to_device(stacked([conds[i % len(conds)] for i in drawn]), device)
+    new_noise = picture_noise(options.seed, drawn, res, device)
+    steps = sampling_steps(model, schedule, new_noise, options.steps, cond, options.sampler,
+                           options.gamma, options.guidance,
+                           options.guidance_interval or (-math.inf, math.inf))
+    film_steps = {round(k * (options.steps - 1) / 8) for k in range(9)}
+    frames = []                                             # z_t and x_hat of the first picture
+    for i, (z, x_hat) in enumerate(tqdm(steps, "sampling", options.steps, disable=not bar,
+                                        leave=False)):
+        if options.film and 0 in numbers and i in film_steps:
+            frames.append((z[:1].cpu(), x_hat[:1].cpu()))
 
-    -> settings.json (open: the lock lasts as long), and None or why the folder cannot be used.
-    """
-    held = None
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        held = lock(out / "settings.json")
-        text = (out / "settings.json").read_text()
-        before = dict(guidance_interval=[-99, 99], portrait=False)      # of older settings.json
-        was = before | json.loads(text) if text else {}
-        strangers = not text and list(out.glob("[0-9]*.png"))
-        differ = [f"--{name.replace('_', '-')} {was.get(name)}, now {value}"
-                  for name, value in settings.items()
-                  if was.get(name) != value]
-        if strangers or text and differ and named:
-            what = strangers[0].name if strangers else differ[0]
-            if not text:
-                (out / "settings.json").unlink()
-            return held, f"--out {out}: holds other pictures ({what}): name another folder"
-        if differ:
-            olds = [*out.glob("[0-9]" * 6 + "*.png"), out / "samples.npz", out / "grid.png",
-                    out / "film.png"]
-            for old in olds:
-                old.unlink(missing_ok=True)
-            held.truncate(0)
-            held.write(json.dumps(settings).encode())
-        for name in ["samples.npz", "grid.png", "film.png", *pictures]:
-            (out / f"{name}.part").unlink(missing_ok=True)      # of a command that was killed
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
-        return held, f"--out {out}: cannot be used ({error}): name another folder"
-    return held, None
+    def pixels(x):                                          # portraits are rotated back
+        return np.rot90(to_uint8(x), -1, (1, 2)) if options.portrait else to_uint8(x)
+
+    if frames:
+        zs, x_hats = zip(*frames)
+        tiles = pixels(torch.cat(zs + x_hats))              # z_t above, x_hat below
+        folder.save("film.png", grid(list(tiles), len(frames)))
+    for i, picture in zip(numbers, pixels(x_hat[:len(numbers)])):
+        folder.save(f"{i:06d}.png", Image.fromarray(picture))
+
+
+def draw_all(model, schedule, options, conds, res, ranks, folder):
+    """All pictures, batch k by rank k mod world: the same ones on any number of ranks."""
+    for start in range(options.batch * ranks.rank, options.n, options.batch * ranks.world):
+        numbers = range(start, min(start + options.batch, options.n))
+        if not folder.has(numbers):                 # skip what a stopped command has drawn
+            with ranks.autocast(ranks.has_bf16):
+                draw_batch(model, schedule, options, conds, numbers, res, ranks.device, folder,
+                           bar=ranks.first)
+    ranks.wait_and_leave()
+    if ranks.first:
+        # A column per class or caption, if there are 2 to 12; else a square. At most ten rows.
+        square = max(1, round(min(options.n, 100) ** .5))
+        columns = len(conds) if 1 < len(conds) <= 12 else square
+        shown = [folder.read(i) for i in range(min(options.n, 10 * columns))]
+        folder.save("grid.png", grid(shown, columns))
+        folder.save_npz()                   # for evaluators of FID
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    runs = list(filter(os.path.isfile, glob.glob("runs/*/model.pt")))
-    released = Path(__file__).parent / "assets" / ("words.pt" if args.prompt else "flowers.pt")
-    ckpt = args.ckpt or max(runs, key=os.path.getmtime, default=released)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device, bf16 = pick_device()
+    options = parse_options(argv)
+    # why: the reason for this file, printed below; empty with --ckpt
+    ckpt, why = (options.ckpt, "") if options.ckpt else newest_model(with_text=bool(options.prompt))
     try:
-        model, saved = load_model(ckpt, device)
+        ranks = Ranks()
+    except ValueError as error:
+        fail(error, every_rank=True)
+    try:
+        model, saved = load_model(ckpt, ranks.device)       # the EMA weights, in eval mode
     except ValueError as error:
         fail(f"--ckpt {error}")
-    if args.compile:
-        trouble = compiler_trouble(device)
+    if options.compile:
+        trouble = compiler_trouble(ranks.device)
         if trouble:
-            fail(f"--compile: {trouble}; the same command without --compile does without", 1)
+            fail(f"--compile: {trouble}; the command runs without this option", 1)
         model.compile(mode="reduce-overhead", dynamic=False)
-    config, classes = saved["config"], saved["classes"]
-    if rank == 0 and not args.ckpt:
-        which = "the newest in runs/" if runs else "the bundled weights"
-        print(f"Model: {ckpt}, {which} (--ckpt FILE takes another).", flush=True)
-    schedule = args.schedule or config["schedule"]
-    logsnr = logsnr_schedule(schedule, config["res"], config["noise_d"])
-
-    wanted = conditions(args, ckpt, config, classes)
-
-    # -- the folder: pictures of the same settings are kept, so that the same command goes on
-    out, pictures = Path(args.out or "samples"), [f"{i:06d}.png" for i in range(args.n)]
-    checksums = [info.CRC for info in zipfile.ZipFile(ckpt).infolist()]
-    settings = vars(args) | dict(ckpt=f"{zlib.crc32(repr(checksums).encode()):08x}", out="",
-                                 device=device.type, bf16=bf16)
-    del settings["compile"], settings["film"]       # the same pictures, to rounding
-    trouble = [None]                        # what rank 0 says to all
-    if rank == 0:
-        held, trouble[0] = open_folder(out, settings, pictures, args.out)
-    if world > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=7))
-        dist.broadcast_object_list(trouble)
-    if trouble[0]:
-        fail(trouble[0])
-
-    shown = {round(k * (args.steps - 1) / 8) for k in range(9)}     # steps of the film
-
-    # -- fixed batches, batch k by rank k mod world: the same pictures on any number of ranks
-    def save_pictures(indices):
-        shots = []                          # of the first picture: z_t, x_hat
-
-        def watch(step, z, x_hat):
-            if step in shown and args.film and 0 in indices:
-                shots.append((z[:1].cpu(), x_hat[:1].cpu()))
-
-        # Compiled code is for one size of batch: the last is filled up, which zip leaves out again.
-        size = min(args.batch, args.n) if args.compile else len(indices)
-        filled = range(indices[0], indices[0] + size)
-        label = torch.stack([wanted[i % len(wanted)] for i in filled]).to(device)
-        noise = picture_noise(args.seed, filled, config["res"], device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            x = sample(model, logsnr, noise, args.steps, label, args.sampler, args.gamma,
-                       args.guidance, args.guidance_interval, bar=rank == 0, watch=watch)
-        if shots:
-            tiles = to_uint8(torch.cat([shot[row] for row in (0, 1) for shot in shots]))
-            sheet = grid(list(np.rot90(tiles, -args.portrait, (1, 2))), len(shots))
-            write(out / "film.png", lambda file: sheet.save(file, "PNG"))
-        for i, picture in zip(indices, np.rot90(to_uint8(x), -args.portrait, (1, 2))):
-            write(out / pictures[i], lambda file: Image.fromarray(picture).save(file, "PNG"))
-
-    def drawn(i):
-        try:
-            with Image.open(out / pictures[i]) as image:
-                return image.size == sides(config["res"])[::1 if args.portrait else -1]
-        except OSError:
-            return False
-
-    picture = lambda i: np.asarray(Image.open(out / pictures[i]))
-
-    def save_npz(file):                     # arr_0 (N, H, W, 3) uint8, written picture by picture
-        header = dict(descr="|u1", fortran_order=False, shape=(args.n, *picture(0).shape))
-        with zipfile.ZipFile(file, "w") as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as array:
-                np.lib.format.write_array_header_1_0(array, header)
-                for i in range(args.n):
-                    array.write(picture(i).tobytes())
-
+    if ranks.first and why:
+        print(f"Model: {ckpt}, {why} (--ckpt FILE takes another).", flush=True)
+    config = saved["config"]
+    conds = conditions(options, ckpt, config, saved["classes"])
+    schedule = logsnr_schedule(options.schedule or config["schedule"], config["res"],
+                               config["noise_d"])
+    folder = SampleFolder(options, config["res"], ckpt, ranks)
     try:
-        for start in range(args.batch * rank, args.n, args.batch * world):
-            indices = range(start, min(start + args.batch, args.n))
-            unseen = args.film and start == 0 and not (out / "film.png").exists()
-            if unseen or not all(drawn(i) for i in indices):
-                save_pictures(indices)
-        if world > 1:
-            dist.barrier()
-            dist.destroy_process_group()
-        if rank == 0:
-            write(out / "samples.npz", save_npz)    # for FID evaluators
-            square = max(1, round(min(args.n, 100) ** .5))
-            columns = len(wanted) if 1 < len(wanted) <= 12 else square
-            sheet = grid([picture(i) for i in range(min(args.n, 10 * columns))], columns)
-            write(out / "grid.png", lambda file: sheet.save(file, "PNG"))
-            print(f"{args.n} pictures from {ckpt} (step {saved['step']}) in {out}/: "
-                  "grid.png, 000000.png ..., samples.npz")
-            held.close()
+        folder.start_or_continue()
+    except ValueError as error:
+        fail(error)
+    try:
+        draw_all(model, schedule, options, conds, config["res"], ranks, folder)
     except torch.OutOfMemoryError as error:
-        fail(f"--batch {args.batch}: {str(error).splitlines()[0]} A lower --batch takes less.", 1,
-             every_rank=True)
+        fail(f"--batch {options.batch}: {str(error).splitlines()[0]} A lower --batch takes less.",
+             1, every_rank=True)
     except OSError as error:
-        fail(f"--out {out}: {error}; what is there is whole, and the same command goes on", 1,
-             every_rank=True)
+        fail(f"--out {folder.out}: {error}; finished files are complete, and the same command "
+             "continues", 1, every_rank=True)
+    if ranks.first:
+        print(f"{options.n} pictures from {ckpt} (step {saved['step']}) in {folder.out}/: "
+              "grid.png, 000000.png ..., samples.npz")
 
 
 if __name__ == "__main__":
-    sys.stdout, sys.stderr = Steady(sys.stdout), Steady(sys.stderr)
+    sys.stdout, sys.stderr = IgnoreBrokenPipe(sys.stdout), IgnoreBrokenPipe(sys.stderr)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:
-        fail("stopped: the same command goes on from here", 130)
+        fail("stopped: the same command continues", 130)

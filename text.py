@@ -1,46 +1,68 @@
-"""What a network is told of a picture: its class, which way is up, its caption (Section 3.6).
+"""Captions (Section 3.6): tokens, and the encoders whose output the transformer attends to.
 
-All of it is one row of whole numbers, `condition`: (2 + L,). A caption is L of them, its tokens; 0
-is nothing, and fills the row's end. The empty caption, all 0, is also what a dropped one becomes.
-An encoder makes a sequence of it, which the transformer reads by cross-attention, and whose mean
-joins the clock (uvit.py: Embedding):
+A caption is L whole numbers, filled up with 0; all 0 is the empty caption, which also a dropped
+one becomes. An encoder turns it into a sequence of embeddings and says which of them count:
 
-    tokens (B, L) -> embeddings (B, 1 + L, T), seen (B, 1 + L) bool
+    tokens (B, L) or None -> text (B, 1 + L, T), mask (B, 1 + L) bool
 
-The first is there whatever the caption says, so that there is always one to attend to; the others
-are seen where the token is not 0. Two encoders:
+The first embedding is always there, so that attention to an empty caption is defined; the others
+count where the token is not 0. Two encoders:
 
-    bytes       not in the paper: a small transformer over UTF-8, part of the network and trained
-    t5:NAME     the paper's: a frozen T5, a folder or a name `transformers` knows (to be installed)
+    bytes       not in the paper: a small transformer over UTF-8 bytes, trained with the network
+    t5:NAME     the paper's: a frozen T5 that the package `transformers` finds by its name or folder
 """
 from functools import cache, partial
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
-
-def condition(label, upright, tokens=()):
-    """A class, whether the picture stood upright and was turned, tokens (L,) -> (2 + L,) int64."""
-    return torch.tensor([label, upright, *tokens])
-
-
-def unconditional(label, classes):
-    """The condition that says nothing but which way is up, for guidance: (B,) classes or
-    (B, 2 + L) rows -> the same shape. `classes` is the null class, no token the empty caption.
-    """
-    rows = label.view(len(label), -1)
-    return torch.cat([torch.full_like(rows[:, :1], classes), rows[:, 1:2],
-                      torch.zeros_like(rows[:, 2:])], 1).view_as(label)
+from uvit import zero
 
 
 def byte_tokens(caption, length):
-    """Caption -> list of length: its UTF-8 bytes, each plus 1, cut or filled up with 0."""
+    """Caption -> list of `length` numbers: its UTF-8 bytes plus 1, cut or filled up with 0."""
     codes = [byte + 1 for byte in caption.encode("utf-8", "replace")[:length]]
     return codes + [0] * (length - len(codes))
 
 
+def checked(tokens, batch, length, device):
+    """Tokens (batch, length); of None all 0."""
+    if tokens is None:
+        return torch.zeros(batch, length, dtype=torch.long, device=device)
+    assert tokens.shape == (batch, length), \
+        f"tokens must be {(batch, length)}, not {tuple(tokens.shape)}"
+    return tokens
+
+
+class CrossAttentionBlock(nn.Module):
+    """Attention to a caption (Section 3.6): x (B, N, C), text (B, L, T), mask (B, L) -> as x.
+
+    The U-ViT has one after each self-attention block, with the same normalised q and k.
+    """
+
+    def __init__(self, width, head_dim, text_width):
+        super().__init__()
+        self.head_dim = head_dim
+        self.norm, self.norm_text = nn.LayerNorm(width), nn.LayerNorm(text_width)
+        self.q, self.kv = nn.Linear(width, width), nn.Linear(text_width, 2 * width)
+        self.norm_q, self.norm_k = nn.RMSNorm(head_dim), nn.RMSNorm(head_dim)
+        self.linear_out = zero(nn.Linear(width, width))
+
+    def forward(self, x, text, mask):
+        B, N, C = x.shape
+        q = self.q(self.norm(x)).view(B, N, -1, self.head_dim).transpose(1, 2)
+        kv = self.kv(self.norm_text(text)).view(B, -1, 2, C // self.head_dim, self.head_dim)
+        k, v = kv.permute(2, 0, 3, 1, 4)                        # (B, heads, L, head_dim) each
+        q, k = self.norm_q(q.float()).to(v.dtype), self.norm_k(k.float()).to(v.dtype)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+        return x + self.linear_out(h.transpose(1, 2).reshape(B, N, C))
+
+
 class ByteEncoder(nn.Module):
-    """A transformer over bytes: see the module's docstring."""
+    """A small transformer over bytes: see the module's docstring."""
+
+    cross_attention = CrossAttentionBlock
 
     def __init__(self, length, width, depth=2):
         super().__init__()
@@ -52,61 +74,67 @@ class ByteEncoder(nn.Module):
                                        activation="gelu", batch_first=True, norm_first=True)
             for _ in range(depth))
 
-    def forward(self, tokens):
-        tokens = nn.functional.pad(tokens, (1, 0))
-        seen = tokens > 0
-        seen[:, 0] = True
+    def forward(self, tokens, batch):
+        tokens = F.pad(checked(tokens, batch, self.length, self.token.weight.device), (1, 0))
+        mask = tokens > 0
+        mask[:, 0] = True
         h = self.token(tokens) + self.position.weight
         for layer in self.layers:
-            h = layer(h, src_key_padding_mask=~seen)
-        return h, seen
+            h = layer(h, src_key_padding_mask=~mask)
+        return h, mask
 
 
 class T5Encoder:
-    """A frozen T5. No Module: neither trained, nor copied, nor in a checkpoint.
+    """A frozen T5. Not an nn.Module: neither trained, nor copied, nor in a checkpoint.
 
-    Raises ValueError, one line, if there is no T5 of that name, or no `transformers`.
+    Raises ValueError, in one line, if there is no T5 of that name, or no `transformers`.
     """
 
+    cross_attention = CrossAttentionBlock
+
     def __init__(self, name, length):
-        self.length, self.last = length, (None, None)
+        self.length, self.last_tokens, self.last_output = length, None, None
         config = t5(name, "AutoConfig")
         if config.model_type != "t5":
             raise ValueError(f"t5:{name}: is no T5 but a {config.model_type}")
-        with torch.device("cpu"):           # whatever the network around it is made on
+        with torch.device("cpu"):           # also where the network around it is made on "meta"
             self.encoder = t5(name, "T5EncoderModel").eval().requires_grad_(False)
-        self.width = config.d_model
-        self.encode = torch.compiler.disable(self.encode)       # here: its import takes a second
+        self.width, self.device = config.d_model, torch.device("cpu")
+        self.encode = torch.compiler.disable(self.encode)
 
     def __deepcopy__(self, memo):
         return self
 
-    def __call__(self, tokens):
-        if tokens.is_meta:                  # only shapes are asked for (memory.py)
-            shape = len(tokens), 1 + self.length
-            return tokens.new_empty(*shape, self.width, dtype=torch.float32), \
-                tokens.new_empty(shape, dtype=torch.bool)
+    def __call__(self, tokens, batch):
+        if tokens is not None:
+            self.device = tokens.device
+        tokens = checked(tokens, batch, self.length, self.device)
+        if tokens.is_meta:                  # memory.py asks for shapes only
+            return tokens.new_empty(batch, 1 + self.length, self.width, dtype=torch.float32), \
+                tokens.new_empty(batch, 1 + self.length, dtype=torch.bool)
         return self.encode(tokens)
 
     def encode(self, tokens):
-        said, sequence = self.last          # a sampler says it at each step, training never again
-        if torch.is_grad_enabled() or said is None or not torch.equal(said, tokens):
-            seen = tokens > 0                                   # T5, too, fills up with 0
-            h = self.encoder.to(tokens.device)(input_ids=tokens, attention_mask=seen)
-            sequence = (nn.functional.pad(h.last_hidden_state.float(), (0, 0, 1, 0)),
-                        nn.functional.pad(seen, (1, 0), value=True))
-            self.last = tokens, sequence
-        return sequence
+        # A sampler asks for the same captions at each step, training never does.
+        last = self.last_tokens
+        if torch.is_grad_enabled() or last is None or not torch.equal(last, tokens):
+            mask = tokens > 0                                   # T5, too, pads with 0
+            h = self.encoder.to(tokens.device)(input_ids=tokens, attention_mask=mask)
+            self.last_output = (F.pad(h.last_hidden_state.float(), (0, 0, 1, 0)),
+                                F.pad(mask, (1, 0), value=True))
+            self.last_tokens = tokens
+        return self.last_output
 
 
 @cache
 def t5(name, kind):
+    """The object `kind` of transformers for the model called `name`. Raises ValueError."""
     try:
         import transformers
         return getattr(transformers, kind).from_pretrained(name)
     except ImportError as error:
         raise ValueError(f"t5:{name}: needs the package transformers ({error})")
-    except Exception as error:              # whatever a missing or a damaged folder brings up
+    except Exception as error:              # a damaged folder raises any of many exceptions
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"t5:{name}: cannot be read ({why})")
 
@@ -124,7 +152,7 @@ def tokenizer(kind, length):
 
 
 def text_encoder(kind, length, width):
-    """ "bytes" or "t5:NAME" -> the encoder, None for "" (width: of the byte encoder)."""
+    """ "bytes" or "t5:NAME" -> its encoder, None for "". width: of the byte encoder."""
     if not kind:
         return None
     return ByteEncoder(length, width) if kind == "bytes" else T5Encoder(kind[3:], length)

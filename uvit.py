@@ -1,50 +1,79 @@
-"""The U-ViT (Sections 3.3 to 3.5, Figure 8, Appendix B).
+"""The U-ViT (Sections 3.3 to 3.5, Figure 8, Appendix B) and the table of presets.
 
 A small convolutional U-Net around a large transformer at 16 x 16. Scaling is cheap down there: at
 256 x 256 a convolution holds gigabytes of features for megabytes of weights, at 16 x 16 the two
-balance (Table 1). The wavelet (or a strided convolution) keeps the top level at 128 x 128 or less.
+balance (Table 1). The wavelet (or a strided convolution) keeps the largest map at 128 x 128.
 
-    z (B, 3, H, W) -> patch -> ResBlocks, pool, ResBlocks, pool, ... -> transformer at 16 x 16
-                                    |  skips, one per block  |
-      v_hat <- unpatch <- ResBlocks, up, ResBlocks, up, ...  <-
+    z -> wavelet -> ResBlocks at 128 -- a skip per ResBlock --> ResBlocks at 128 -> inverse -> v_hat
+                      pool |                                           ^ upsample
+                    ResBlocks at 64, 32 ----------------------> ResBlocks at 32, 64
+                      pool |                                           ^ upsample
+                           +---- MLP and attention blocks at 16 x 16 --+
+
+logsnr and the condition become one vector, emb. ResBlocks and MLP blocks read it by FiLM: their
+hidden values become h (1 + scale) + shift, scale and shift being a linear layer of emb.
 """
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from schedule import side, sides
+from schedule import height_width, mean_side
 from wavelet import dwt, idwt
 
-# Widths and ResBlocks are those of the levels 128, 64, 32 and the transformer's 16 x 16; a smaller
-# picture starts further down the row. The top level is as wide as there are bands, up to the
-# paper's 128: noise of bands that it has no room for would stay in the picture. `head` is the width
-# of one head, `start` what positions are before they are learned (README, "Our choices").
-PRESETS = {
-    name: dict(widths=widths, blocks=blocks, depth=depth, head=head, emb=emb, dropout=dropout,
-               start=start)
-    for name,     widths,                blocks,    depth, head,  emb, dropout, start in (
-        ("tiny",  (16, 16, 48, 128),     (1, 1, 1),     4,   64,  256,     0.0, "waves"),
-        ("mini",  (32, 64, 96, 192),     (1, 1, 2),     8,   64,  192,     0.0, "waves"),
-        ("small", (64, 96, 192, 512),    (2, 2, 2),     8,   64,  512,     0.1, "noise"),
-        ("base",  (128, 192, 384, 1024), (2, 2, 2),    16,   64, 1024,     0.1, "noise"),
-        ("paper", (128, 256, 512, 2048), (2, 2, 2),    36,  128, 1024,     0.2, "noise"))}
+PRESETS = {     # widths at 128, 64, 32, 16; ResBlocks at 128, 64, 32; transformer blocks at 16 x 16
+    "tiny": dict(network=dict(widths=(16, 16, 48, 128), blocks=(1, 1, 1), depth=4, head_dim=64,
+                              emb_dim=256, dropout=0.0, position_init="sines"),
+                 training=dict(batch=32, steps=1_500, lr=2e-3, warmup=100)),
+    "mini": dict(network=dict(widths=(32, 64, 96, 192), blocks=(1, 1, 2), depth=8, head_dim=64,
+                              emb_dim=192, dropout=0.0, position_init="sines"),
+                 training=dict(batch=128, steps=10_000, lr=8e-4, warmup=200)),
+    "small": dict(network=dict(widths=(64, 96, 192, 512), blocks=(2, 2, 2), depth=8, head_dim=64,
+                               emb_dim=512, dropout=0.1, position_init="gauss"),
+                  training=dict(batch=64, steps=50_000, lr=4e-4, warmup=1_000)),
+    "base": dict(network=dict(widths=(128, 192, 384, 1024), blocks=(2, 2, 2), depth=16, head_dim=64,
+                              emb_dim=1024, dropout=0.1, position_init="gauss"),
+                 training=dict(batch=256, steps=300_000, lr=2e-4, warmup=5_000)),
+    # The paper's, but for 16 heads in place of 4: flash attention has no heads 512 wide.
+    "paper": dict(network=dict(widths=(128, 256, 512, 2048), blocks=(2, 2, 2), depth=36,
+                               head_dim=128, emb_dim=1024, dropout=0.2, position_init="gauss"),
+                  training=dict(batch=2048, steps=500_000, lr=1e-4, warmup=10_000)),
+}
 
 
-def wavelet_levels(res):
-    """Levels of wavelet (log2 of the stride) that bring side(res) to 128 or less (Section 3.3)."""
-    return max(0, math.ceil(math.log2(side(res) / 128)))
+class Condition(NamedTuple):
+    """What the network is told besides z_t and logsnr. A field may be None: not told."""
+    label: torch.Tensor | None = None       # (B,) class from 0; -1: no class
+    portrait: torch.Tensor | None = None    # (B,) 1: a portrait, rotated to landscape; None: 0
+    tokens: torch.Tensor | None = None      # (B, L) caption, filled up with 0; all 0: no caption
+
+    def dropped(self, drop):
+        """Without class and caption where drop (B,) is true, as guidance needs it (Appendix A).
+
+        `portrait` is kept, so that guidance does not push towards one orientation.
+        """
+        label = None if self.label is None else torch.where(drop, -1, self.label)
+        tokens = None if self.tokens is None else torch.where(drop[:, None], 0, self.tokens)
+        return Condition(label, self.portrait, tokens)
 
 
-def unet_levels(res):
-    """Halvings from the top level of the network to its transformer, at 16 x 16 or just below."""
-    return max(0, math.ceil(math.log2(side(res) / 2**wavelet_levels(res) / 16)))
+def wavelet_levels(res, largest_map=128):
+    """Levels of wavelet that bring the largest map to 128 x 128 or less (Section 3.3)."""
+    return max(0, math.ceil(math.log2(mean_side(res) / largest_map)))
+
+
+def halvings_to_16(res, largest_map=128):
+    """How often the U-Net halves its largest map to arrive at 16 x 16, or just below."""
+    levels = wavelet_levels(res, largest_map)
+    return max(0, math.ceil(math.log2(mean_side(res) / 2**levels / 16)))
 
 
 def zero(layer):
-    """Weights and bias at zero: every block starts as the identity, the network as v_hat = 0."""
-    nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+    """Zero weights and bias: at the start each block is the identity, and v_hat = 0."""
+    for part in layer.parameters():
+        nn.init.zeros_(part)
     return layer
 
 
@@ -53,13 +82,14 @@ def group_norm(channels):
 
 
 class ResBlock(nn.Module):
-    """Residual block with FiLM and an added, normalised skip (Appendix B): (B, C, H, W) -> same."""
+    """Residual block with FiLM and an added, normalised skip: (B, C, H, W) -> same."""
 
-    def __init__(self, channels, emb, dropout, skip):
+    def __init__(self, channels, emb_dim, dropout, has_skip):
         super().__init__()
-        self.norm_in, self.norm_skip = group_norm(channels), group_norm(channels) if skip else None
+        self.norm_in = group_norm(channels)
+        self.norm_skip = group_norm(channels) if has_skip else None
         self.conv_in = nn.Conv2d(channels, channels, 3, padding=1)
-        self.norm_film, self.film = group_norm(channels), nn.Linear(emb, 2 * channels)
+        self.norm_film, self.film = group_norm(channels), nn.Linear(emb_dim, 2 * channels)
         self.dropout = nn.Dropout(dropout)
         self.conv_out = zero(nn.Conv2d(channels, channels, 3, padding=1))
 
@@ -73,24 +103,13 @@ class ResBlock(nn.Module):
         return x + self.conv_out(self.dropout(F.silu(h)))
 
 
-class Upsample(nn.Module):
-    """Each value becomes a square: (B, C, H, W) -> (B, C, 2H, 2W).
-
-    nn.Upsample's gradient is a scatter, which compiles slowly and on a CPU at times wrongly.
-    """
-
-    def forward(self, h):
-        B, C, H, W = h.shape
-        return h[..., None, :, None].expand(B, C, H, 2, W, 2).reshape(B, C, 2 * H, 2 * W)
-
-
 class MLPBlock(nn.Module):
-    """Per-token MLP with FiLM on its hidden units (Appendix B): (B, N, C) -> same."""
+    """MLP of each token with FiLM on its hidden units: (B, N, C) -> same."""
 
-    def __init__(self, width, emb, dropout):
+    def __init__(self, width, emb_dim, dropout):
         super().__init__()
         self.norm, self.linear_in = nn.LayerNorm(width), nn.Linear(width, 4 * width)
-        self.film = nn.Linear(emb, 8 * width)
+        self.film = nn.Linear(emb_dim, 8 * width)
         self.dropout = nn.Dropout(dropout)
         self.linear_out = zero(nn.Linear(4 * width, width))
 
@@ -101,182 +120,182 @@ class MLPBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention with normalised q and k, no clock (Appendix B): (B, N, C) -> same."""
+    """Self-attention with normalised q and k, without time conditioning: (B, N, C) -> same."""
 
-    def __init__(self, width, head):
+    def __init__(self, width, head_dim):
         super().__init__()
-        self.head, self.norm, self.qkv = head, nn.LayerNorm(width), nn.Linear(width, 3 * width)
-        self.norm_q, self.norm_k = nn.RMSNorm(head), nn.RMSNorm(head)
+        self.head_dim = head_dim
+        self.norm, self.qkv = nn.LayerNorm(width), nn.Linear(width, 3 * width)
+        self.norm_q, self.norm_k = nn.RMSNorm(head_dim), nn.RMSNorm(head_dim)
         self.linear_out = zero(nn.Linear(width, width))
 
     def forward(self, x):
         B, N, C = x.shape
-        qkv = self.qkv(self.norm(x)).view(B, N, 3, C // self.head, self.head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                    # (B, heads, N, head) each
+        qkv = self.qkv(self.norm(x)).view(B, N, 3, C // self.head_dim, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                    # (B, heads, N, head_dim) each
+        # Autocast would run these norms in bfloat16.
         q, k = self.norm_q(q.float()).to(v.dtype), self.norm_k(k.float()).to(v.dtype)
         h = F.scaled_dot_product_attention(q, k, v)
         return x + self.linear_out(h.transpose(1, 2).reshape(B, N, C))
 
 
-class CrossAttentionBlock(nn.Module):
-    """Attention to a caption (Section 3.6): x (B, N, C), text.py's text, seen -> as x."""
-
-    def __init__(self, width, head, text):
-        super().__init__()
-        self.head, self.norm, self.norm_text = head, nn.LayerNorm(width), nn.LayerNorm(text)
-        self.q, self.kv = nn.Linear(width, width), nn.Linear(text, 2 * width)
-        self.norm_q, self.norm_k = nn.RMSNorm(head), nn.RMSNorm(head)
-        self.linear_out = zero(nn.Linear(width, width))
-
-    def forward(self, x, text, seen):
-        B, N, C = x.shape
-        q = self.q(self.norm(x)).view(B, N, -1, self.head).transpose(1, 2)
-        k, v = self.kv(self.norm_text(text)).view(B, -1, 2, C // self.head, self.head) \
-            .permute(2, 0, 3, 1, 4)                             # (B, heads, L, head) each
-        q, k = self.norm_q(q.float()).to(v.dtype), self.norm_k(k.float()).to(v.dtype)
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None])
-        return x + self.linear_out(h.transpose(1, 2).reshape(B, N, C))
-
-
 class Embedding(nn.Module):
-    """The clock, the class, the way up, what the caption says on the whole: logsnr (B,), label
-    (B, 2 + L) and, with a caption, text (B, 1 + L, T), seen (B, 1 + L) -> (B, emb).
+    """logsnr (B,), condition, encoded caption -> emb, which all ResBlocks and MLP blocks read.
+
+    Sinusoids of logsnr through two layers, plus embeddings of class, portrait, caption's mean.
     """
 
-    def __init__(self, emb, classes, portrait=False, text=0):
+    def __init__(self, emb_dim, classes, portrait=False, text_width=0):
         super().__init__()
-        self.emb, self.classes = emb, classes
-        self.linear_in, self.linear_out = nn.Linear(2 * (emb // 2), emb), nn.Linear(emb, emb)
-        self.label = nn.Embedding(classes + 1, emb) if classes else None    # the last row: no class
-        self.portrait = nn.Embedding(2, emb) if portrait else None
-        self.text = nn.Sequential(nn.LayerNorm(text), nn.Linear(text, emb)) if text else None
+        self.emb_dim, self.classes = emb_dim, classes
+        self.linear_in, self.linear_out = nn.Linear(emb_dim, emb_dim), nn.Linear(emb_dim, emb_dim)
+        self.label = nn.Embedding(classes + 1, emb_dim) if classes else None  # last row: no class
+        self.portrait = nn.Embedding(2, emb_dim) if portrait else None
+        self.text = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, emb_dim)) \
+            if text_width else None
 
-    def forward(self, logsnr, label, text=None, seen=None):
-        # Sinusoids over logsnr, which spans 30, of periods from 1 to 100 (MPS has no logspace).
-        periods = 10 ** torch.linspace(0, 2, self.emb // 2, device=logsnr.device)
+    def forward(self, logsnr, cond=Condition(), encoded=None):
+        # logsnr spans about 30: periods from 1 to 100. (MPS has no logspace.)
+        periods = 10 ** torch.linspace(0, 2, self.emb_dim // 2, device=logsnr.device)
         angle = 2 * math.pi * logsnr[:, None] / periods
         h = self.linear_out(F.silu(self.linear_in(torch.cat([angle.sin(), angle.cos()], 1))))
         if self.label is not None:
-            h = h + self.label(label[:, 0])
+            label = torch.full_like(logsnr, -1).long() if cond.label is None else cond.label
+            h = h + self.label(torch.where(label < 0, self.classes, label))
         if self.portrait is not None:
-            h = h + self.portrait(label[:, 1])
+            rotated = torch.zeros_like(logsnr).long() if cond.portrait is None else cond.portrait
+            h = h + self.portrait(rotated)
         if self.text is not None:
-            h = h + self.text((text * seen[..., None]).sum(1) / seen.sum(1, keepdim=True))
+            text, mask = encoded            # of an empty caption, too, one position is unmasked
+            h = h + self.text((text * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
         return F.silu(h)
 
 
-def ends(patch, levels, top):
-    """First and last layer: on a wavelet's bands or pixels, or the two strided convolutions."""
+class Upsample(nn.Module):
+    """Nearest neighbour, (B, C, H, W) -> (B, C, 2H, 2W); nn.Upsample compiles far more slowly."""
+
+    def forward(self, h):
+        return h.repeat_interleave(2, -1).repeat_interleave(2, -2)
+
+
+def input_output_layers(patch, levels, width):
+    """First and last layer: on the bands of a wavelet (or on pixels), or strided convolutions."""
     if patch == "conv" and levels:
-        return (nn.Conv2d(3, top, 2**levels, stride=2**levels),
-                zero(nn.ConvTranspose2d(top, 3, 2**levels, stride=2**levels)))
+        stride = 2**levels
+        return (nn.Conv2d(3, width, stride, stride),
+                zero(nn.ConvTranspose2d(width, 3, stride, stride)))
     channels = 3 * 4**levels
-    return nn.Conv2d(channels, top, 3, padding=1), zero(nn.Conv2d(top, channels, 3, padding=1))
+    return nn.Conv2d(channels, width, 3, padding=1), zero(nn.Conv2d(width, channels, 3, padding=1))
 
 
-def waves(width, H, W):
-    """Positions to start from, (1, width, H, W): sines and cosines over y, then over x, of periods
-    from 2 tokens to twice the longer side.
+def sine_positions(width, H, W):
+    """(1, width, H, W): sines and cosines of y, then of x, periods from 2 tokens to 2 max(H, W)."""
+    periods = 2 * max(H, W) ** torch.linspace(0, 1, width // 4)
+
+    def waves(n):                                               # (width / 2, n)
+        angle = 2 * math.pi / periods[:, None] * torch.arange(n)
+        return torch.cat([angle.sin(), angle.cos()])
+
+    y, x = waves(H)[:, :, None].expand(-1, H, W), waves(W)[:, None].expand(-1, H, W)
+    return torch.cat([y, x])[None]
+
+
+def stages(widths, blocks, halvings):
+    """The last `halvings` stages of a preset, whose first is at 128. Where it has too few (patch
+    "none" at 256), the first is repeated.
     """
-    turn = math.pi * torch.logspace(0, -math.log2(max(H, W)), width // 4, base=2)   # per token
-    y, x = (turn[:, None] * torch.arange(count) for count in (H, W))
-    y, x = (torch.cat([angle.sin(), angle.cos()]) for angle in (y, x))
-    return torch.cat([y[:, :, None].expand(-1, H, W), x[:, None].expand(-1, H, W)])[None]
-
-
-def rows(label, z, classes, length):
-    """label as a network may be given it: None, (B,), (B, 2) or (B, 2 + length) -> the last."""
-    if label is None:
-        label = torch.full((len(z),), classes, device=z.device)
-    label = label.view(len(z), -1)
-    given, wanted = label.shape[1], 2 + length
-    assert given in (1, 2, wanted), f"a label is 1, 2 or {wanted} numbers here, not {given}"
-    return F.pad(label, (0, wanted - given))
+    while len(blocks) < halvings:
+        widths, blocks = widths[:1] + widths, blocks[:1] + blocks
+    first = len(blocks) - halvings
+    return list(widths[first:]), blocks[first:]
 
 
 class UViT(nn.Module):
-    """U-ViT (Figure 8): z (B, 3, H, W), logsnr (B,), label or None -> v_hat, z's shape.
+    """U-ViT (Figure 8): z (B, 3, H, W), logsnr (B,), a Condition or None -> v_hat, shaped as z.
 
-    res: size of the pictures, d or "HxW", multiples of 2^(levels of wavelet + halvings);
-    widths, blocks, depth, head, emb, dropout: a row of PRESETS; classes: 0 for an unconditional
-    model, else a class is in [0, classes], `classes` itself being the null class;
-    patch: "dwt", "conv" (strided and transposed convolution) or "none" (full-size top level);
-    dropout_res: dropout acts in the transformer, and in ResBlocks on maps of at most this side;
-    portrait: told which pictures stand upright;  text: None or an encoder of text.py;
-    start: of the learned positions, "noise" of deviation 0.01 (Appendix B) or "waves";
-    residual: one skip a level, of SiD2 (not in the first paper), in place of one a block.
-    label: (B,) classes, or (B, 2 + L): class, upright (0 or 1), the L tokens of a caption.
+    res: 512 or "384x640"; its sides must be multiples of 2^(levels + halvings), see below;
+    widths, blocks, depth, head_dim, emb_dim, dropout, position_init: see PRESETS;
+    patch: "dwt", "conv" (strided and transposed convolution) or "none" (full-size maps);
+    largest_map: side of the largest feature map;  dropout_res: side of the largest map whose
+    ResBlocks have dropout; with 16 only the transformer has, as in the paper;
+    classes: 0 for none;  portrait: whether it is told Condition.portrait;
+    text: None, or a caption encoder of text.py: (tokens or None, B) -> text (B, L, T), mask (B, L).
     """
 
-    def __init__(self, res, widths, blocks, depth, head, emb, dropout=0.0, classes=0, patch="dwt",
-                 dropout_res=16, portrait=False, text=None, residual=False, start="noise"):
-        super().__init__()
-        self.classes, self.text, self.residual = classes, text, residual
-        levels, halvings = wavelet_levels(res), unet_levels(res)
-        if patch == "none":
-            levels, halvings = 0, levels + halvings
-        step = 2 ** (levels + halvings)
-        height, width = sides(res)
-        assert height % step == width % step == 0, f"{step} must divide the sides of {res}"
-        assert patch in ("dwt", "conv", "none"), f"patch must be dwt, conv or none, not {patch!r}"
-        assert start in ("noise", "waves"), f"start must be noise or waves, not {start!r}"
-        self.levels = levels if patch == "dwt" else 0
-        # The last `halvings` levels above 16 x 16; levels above the table's first repeat its width.
-        extra = max(0, halvings + 1 - len(widths))
-        widths = ((widths[0],) * extra + tuple(widths))[-halvings - 1:]
-        blocks = ((blocks[0],) * extra + tuple(blocks))[-halvings:] if halvings else ()
-        widths = (max(widths[0], min(128, 3 * 4**levels)), *widths[1:])     # room for all bands
-        maps = [side(res) / 2 ** (levels + i) for i in range(halvings)]
-        drops = [dropout if size <= dropout_res else 0.0 for size in maps]
+    skip_per_block = True           # a variant in sid2.py has one per stage
 
-        self.project_in, self.project_out = ends(patch, levels, widths[0])
-        self.embedding = Embedding(emb, classes, portrait, text.width if text else 0)
-        self.down, self.pool, self.up, self.unpool = (nn.ModuleList() for _ in range(4))
-        for w, below, n, drop in zip(widths, widths[1:], blocks, drops):
-            down, up = ([ResBlock(w, emb, drop, skip) for _ in range(n)]
-                        for skip in (False, not residual))
+    def __init__(self, res, widths, blocks, depth, head_dim, emb_dim, dropout=0.0,
+                 position_init="gauss", patch="dwt", largest_map=128, dropout_res=16, classes=0,
+                 portrait=False, text=None):
+        super().__init__()
+        assert patch in ("dwt", "conv", "none"), f"patch must be dwt, conv or none, not {patch!r}"
+        self.text = text
+        text_width = text.width if text else 0
+        halvings = halvings_to_16(res, largest_map)                 # by pooling
+        levels = wavelet_levels(res, largest_map)                   # halvings by the first layer
+        if patch == "none":
+            halvings, levels = halvings + levels, 0
+        self.wavelet_levels = levels if patch == "dwt" else 0
+        height, width = height_width(res)
+        step = 2 ** (levels + halvings)
+        assert height % step == width % step == 0, f"{step} must divide the sides of {res}"
+        widths, blocks = stages(widths, blocks, halvings)
+        # No fewer channels than bands (12, 48), or detail is lost; the paper's 128 are enough.
+        widths[0] = max(widths[0], min(128, 3 * 4**levels))
+        self.project_in, self.project_out = input_output_layers(patch, levels, widths[0])
+        self.embedding = Embedding(emb_dim, classes, portrait, text_width)
+        self.down, self.pool, self.up, self.upsample = (nn.ModuleList() for _ in range(4))
+        for i, (C, below) in enumerate(zip(widths, widths[1:])):
+            side = mean_side(res) / 2 ** (levels + i)
+            drop = dropout if side <= dropout_res else 0.0
+            down = [ResBlock(C, emb_dim, drop, has_skip=False) for _ in range(blocks[i])]
+            up = [ResBlock(C, emb_dim, drop, self.skip_per_block) for _ in range(blocks[i])]
             self.down.append(nn.ModuleList(down))
-            self.pool.append(nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(w, below, 1)))
-            self.unpool.insert(0, nn.Sequential(nn.Conv2d(below, w, 1), Upsample()))
+            self.pool.append(nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(C, below, 1)))
+            self.upsample.insert(0, nn.Sequential(nn.Conv2d(below, C, 1), Upsample()))
             self.up.insert(0, nn.ModuleList(up))
-        w = widths[-1]
-        grid = w, height // step, width // step
-        self.position = nn.Parameter(
-            waves(*grid) / 2 if start == "waves" else 0.01 * torch.randn(1, *grid))
-        self.transformer = nn.ModuleList(
-            nn.ModuleList([MLPBlock(w, emb, dropout), AttentionBlock(w, head)]
-                          + ([CrossAttentionBlock(w, head, text.width)] if text else []))
+        C, H, W = widths[-1], height // step, width // step
+        assert position_init in ("gauss", "sines"), f"no position_init {position_init!r}"
+        # The paper's are Gaussian. From sines a short run learns the layout of pictures sooner.
+        self.position = nn.Parameter(0.01 * torch.randn(1, C, H, W) if position_init == "gauss"
+                                     else sine_positions(C, H, W) / 2)
+        self.transformer = nn.ModuleList(nn.ModuleList([
+            MLPBlock(C, emb_dim, dropout), AttentionBlock(C, head_dim),
+            text.cross_attention(C, head_dim, text_width) if text else None])   # kept as None
             for _ in range(depth))
         self.norm_out = group_norm(widths[0])
 
-    def forward(self, z, logsnr, label=None):
-        label = rows(label, z, self.classes, self.text.length if self.text else 0)
-        caption = self.text(label[:, 2:]) if self.text else ()          # (B, 1 + L, T), ...
-        emb, skips, pooled = self.embedding(logsnr, label, *caption), [], []        # (B, emb)
-        h = self.project_in(dwt(z, self.levels))            # (B, widths[0], top, top)
+    def forward(self, z, logsnr, cond=None):
+        cond = cond or Condition()
+        encoded = self.text(cond.tokens, len(z)) if self.text else None     # (B, L, T), (B, L)
+        emb = self.embedding(logsnr, cond, encoded)             # (B, emb_dim)
+        h = self.project_in(dwt(z, self.wavelet_levels))        # (B, widths[0], 128, 128)
+        h, skips = self.go_down(h, emb)                         # (B, widths[-1], 16, 16)
+        h = self.transform(h + self.position, emb, encoded)     # (B, widths[-1], 16, 16)
+        h = self.go_up(h, emb, skips)                           # (B, widths[0], 128, 128)
+        h = self.project_out(F.silu(self.norm_out(h)))          # (B, 3 4^levels, 128, 128)
+        return idwt(h.float(), self.wavelet_levels)             # (B, 3, H, W), always in float32
+
+    def go_down(self, h, emb):
+        skips = []
         for blocks, pool in zip(self.down, self.pool):
             for block in blocks:
-                h = block(h, emb)                           # (B, widths[i], top / 2^i, ...)
+                h = block(h, emb)                               # (B, widths[i], 128 / 2^i, ...)
                 skips.append(h)
-            pooled.append((h, pool(h)))
-            _, h = pooled[-1]                               # (B, widths[i + 1], half of it, ...)
-        h = h + self.position                               # (B, widths[-1], 16, 16)
-        shape, h = h.shape, h.flatten(2).mT                 # (B, 256, widths[-1])
-        for mlp, attention, *cross in self.transformer:
-            h = attention(mlp(h, emb))                      # (B, 256, widths[-1])
-            for block in cross:
-                h = block(h, *caption)                      # (B, 256, widths[-1])
-        h = h.mT.reshape(shape)                             # (B, widths[-1], 16, 16)
-        for unpool, blocks in zip(self.unpool, self.up):
-            before, after = pooled.pop()
-            h = unpool(h - after) + before if self.residual else unpool(h)
+            h = pool(h)                                         # (B, widths[i + 1], half of it)
+        return h, skips
+
+    def transform(self, h, emb, encoded):
+        shape, h = h.shape, h.flatten(2).mT                     # (B, 256, widths[-1])
+        for mlp, attention, cross_attention in self.transformer:
+            h = attention(mlp(h, emb))
+            if cross_attention is not None:
+                h = cross_attention(h, *encoded)
+        return h.mT.reshape(shape)                              # (B, widths[-1], 16, 16)
+
+    def go_up(self, h, emb, skips):
+        for upsample, blocks in zip(self.upsample, self.up):
+            h = upsample(h)                                     # (B, widths[i], twice the size)
             for block in blocks:
-                h = block(h, emb, None if self.residual else skips.pop())   # (B, widths[i], ...)
-        h = self.project_out(F.silu(self.norm_out(h)))      # (B, 3 4^levels, top, top)
-        return idwt(h.float(), self.levels)                 # (B, 3, H, W), inverted in float32
-
-
-def residual_blocks(model):
-    """All residual blocks, which hold most of the weights and of the activations."""
-    kinds = (ResBlock, MLPBlock, AttentionBlock, CrossAttentionBlock)
-    return [part for part in model.modules() if isinstance(part, kinds)]
+                h = block(h, emb, skips.pop())                  # last in, first out
+        return h

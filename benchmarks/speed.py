@@ -1,4 +1,4 @@
-"""Ours beside other implementations: the same work, in one run, in turn.
+"""Speed beside other implementations: equal work, in one run, in turns.
 
     pip install einops PyWavelets ptwt "setuptools<81"
     pip install --no-deps denoising-diffusion-pytorch pytorch_wavelets diffusers
@@ -9,11 +9,11 @@
 
 Times are medians of rounds in which all contenders take turns. MFU is the FLOP/s that
 torch.utils.flop_counter counts, over those of a 4096-cube bfloat16 product (8192 on a GPU) in the
-same rounds. Rivals run eager and compiled. A rival that is not installed is left out with a word.
+same rounds. Other implementations run eager and compiled. One that is not installed is left out,
+with a note.
 """
 import contextlib
 import importlib.util
-import io
 import json
 import os
 import re
@@ -25,7 +25,6 @@ import time
 import warnings
 from pathlib import Path
 from statistics import median
-from types import FunctionType
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
@@ -36,38 +35,43 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import Flowers, Pictures, draw_flower
+from cli import fail
+from data import Pictures
+from flowers import Flowers, draw_flower
 from loss import diffusion_loss
-from sample import pick_device, picture_noise, sample
+from memory import checkpointable_blocks, recompute_blocks
+from noise import draw_noise, picture_noise
+from ranks import compile_options, pick_device
+from sample import sample
 from schedule import logsnr_schedule
-from train import compile_options, draw_noise, memory_budget
-from uvit import PRESETS, UViT, residual_blocks
+from uvit import PRESETS, Condition, UViT
 from wavelet import dwt, idwt
 
 DEVICE = pick_device()[0]
 CUDA = DEVICE.type == "cuda"
-SHAPE = dict(widths=(192, 320, 512), blocks=(2, 2), depth=5, head=64, emb=256)      # 32.8 M at 64
+SHAPE = dict(widths=(192, 320, 512), blocks=(2, 2), depth=5, head_dim=64, emb_dim=256)      # 32.8 M
 
 
 def say(text=""):
     print(text, flush=True)
 
 
-def clock():
+def now():
+    """Seconds, once the device has done all that was asked of it."""
     if CUDA:
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def in_turn(rounds, **contenders):
-    """{name: function} -> {name: seconds of each round}, after two calls to warm up."""
+    """{name: function} -> {name: seconds of each round}, after two calls without a time."""
     times = {name: [] for name in contenders}
     for k in range(-2, rounds):
         for name, function in contenders.items():
-            start = clock()
+            start = now()
             function()
             if k >= 0:
-                times[name].append(clock() - start)
+                times[name].append(now() - start)
     return times
 
 
@@ -89,13 +93,13 @@ def ours(res=64, shape=SHAPE):
 
 
 def ddp_uvit(**shape):
-    """The U-ViT of denoising-diffusion-pytorch: its file alone, the package wants more."""
+    """The U-ViT of denoising-diffusion-pytorch: its file alone, the package imports much more."""
     found = importlib.util.find_spec("denoising_diffusion_pytorch").submodule_search_locations[0]
-    spec = importlib.util.spec_from_file_location("rival", Path(found, "simple_diffusion.py"))
-    rival = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(rival)
+    spec = importlib.util.spec_from_file_location("other", Path(found, "simple_diffusion.py"))
+    other = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(other)
     shape = shape or dict(dim=144, dim_mults=(2, 3), vit_depth=5, attn_dim_head=64, attn_heads=4)
-    return rival.UViT(**shape, vit_dropout=0.0)
+    return other.UViT(**shape, vit_dropout=0.0)
 
 
 def diffusers_unet():
@@ -115,39 +119,32 @@ def diffusers_unet():
     return Unet()
 
 
-NETS = {"ours": ours, "denoising-diffusion-pytorch": ddp_uvit, "diffusers UNet2DModel": diffusers_unet}
+NETS = {"ours": ours, "denoising-diffusion-pytorch": ddp_uvit,
+        "diffusers UNet2DModel": diffusers_unet}
 
 
 def build(name, how, make=None):
-    """A network as train.py (how: "eager" or "compiled") makes it ready, a rival as it comes.
-
-    Compiled code is made at the first call: a next build has to come after that.
-    """
+    """A network, eager or compiled: ours as train.py does it, others by their defaults."""
     torch.manual_seed(0)
     model = (make or NETS[name])().to(DEVICE)
-    as_trained = how == "compiled" and name.startswith("ours")
-    torch._functorch.config.activation_memory_budget = memory_budget(model, -1) if as_trained else 1
-    if how == "compiled, keeps all":        # a copy of its code, else it is served what was compiled
-        f = type(model).forward
-        copy = FunctionType(f.__code__.replace(co_name="keeps_all"), f.__globals__, None, f.__defaults__)
-        model.forward = copy.__get__(model)
-    if how.startswith("compiled"):
-        model.compile(options=compile_options(DEVICE) if name.startswith("ours") else None)
+    if how == "compiled":
+        ours_too = name.startswith("ours")
+        model.compile(**(dict(options=compile_options(DEVICE), dynamic=False) if ours_too else {}))
     return model
 
 
 def training_step(model, res, batch, bf16=True):
-    """What one step of train.py does, loading apart: noise, loss, gradient, AdamW, EMA -> step."""
+    """A step of train.py without loading: noise, loss, gradient, AdamW, EMA -> function."""
     ema = [p.detach().clone() for p in model.parameters()]
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
-    logsnr = logsnr_schedule("shifted", res)
+    schedule = logsnr_schedule("shifted", res)
     x = torch.randn(batch, 3, res, res, device=DEVICE).clamp(-1, 1)
-    net = lambda z, logsnr_t, label: model(z, logsnr_t)
+    net = lambda z, logsnr, cond: model(z, logsnr)
 
     def step():
-        t, eps, _ = draw_noise(0, 0, batch, res, DEVICE)
+        t, eps, _ = draw_noise(0, range(batch), res, DEVICE)
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
-            loss = diffusion_loss(net, x, t, eps, logsnr, multiscale=res >= 512)
+            loss = diffusion_loss(net, x, t, eps, schedule, multiscale=res >= 512)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -160,7 +157,8 @@ def training_step(model, res, batch, bf16=True):
 def flops(make, res, backward=True):
     """FLOPs of a call for one picture, with its gradient or without -> FLOPs, weights.
 
-    On the meta device: the counter knows no CPU attention, and a compiler gives up under it.
+    On the meta device: the counter does not know the CPU's attention, and the compiler does not
+    work under it.
     """
     with torch.device("meta"):
         model = make()
@@ -183,10 +181,10 @@ def installed(nets):
 
 def memory_of(name, how, batch):
     """Peak memory of a process that does three steps, MB: on a CPU the growth since its imports."""
-    def most():                             # ru_maxrss would begin with what the parent had
+    def most():                             # ru_maxrss would begin with that of the parent
         return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
-    import torch._inductor.compile_fx       # noqa: what is imported does not count
+    import torch._inductor.compile_fx       # noqa: imports are not counted
     flops(NETS[name], 64)
     before = 0 if CUDA else most()
     step = training_step(build(name, how), 64, batch)
@@ -204,7 +202,7 @@ def train(rounds=5, batch=8):
     for name in installed(NETS):
         cost_of_one, weights = flops(NETS[name], 64)
         sizes[name], work[name] = weights / 1e6, batch * cost_of_one
-        for how in ("eager", "compiled", "compiled, keeps all")[:3 if name == "ours" else 2]:
+        for how in ("eager", "compiled"):
             steps[name, how] = training_step(build(name, how), 64, batch)
             steps[name, how]()
     for name in work:
@@ -226,10 +224,10 @@ def train(rounds=5, batch=8):
     say(f"\nThe product: {cost / median(peak) / 1e9:.0f} GFLOP/s.")
 
 
-# ---------------------------------------------------------------------------- the dial
+# ---------------------------------------------------------------------------- resolution
 
 class Pixels(torch.nn.Module):
-    """What a network costs that has nothing between its first and its last layer."""
+    """A network without anything between the wavelet and its inverse."""
 
     def __init__(self, levels):
         super().__init__()
@@ -239,16 +237,18 @@ class Pixels(torch.nn.Module):
         return idwt(dwt(z, self.levels) * self.scale, self.levels)
 
 
-def dial(rounds=5, batch=4):
+def resolution(rounds=5, batch=4):
     sides = ("64", "128", "256", "512", "1024")
-    say(f"\n### The dial: one training step, batch {batch}, bf16, eager, loading apart\n")
+    say(f"\n### Cost of resolution: one training step, batch {batch}, bf16, eager, without "
+        "loading\n")
     say("| | " + " | ".join(sides) + " |\n|-|-|-|-|-|-|")
     for preset in ("tiny", "small"):
         steps, pixels = {}, {}
         for side in sides:
-            model = ours(int(side), PRESETS[preset]).to(DEVICE)
+            model = ours(int(side), PRESETS[preset]["network"]).to(DEVICE)
             steps[side] = training_step(model, int(side), batch)
-            pixels["pixels " + side] = training_step(Pixels(model.levels).to(DEVICE), int(side), batch)
+            bands = Pixels(model.wavelet_levels).to(DEVICE)
+            pixels["pixels " + side] = training_step(bands, int(side), batch)
         times = in_turn(rounds, **steps, **pixels)
         say(f"| `{preset}`, over its step at 128 | "
             + " | ".join(ratio(times[side], times["128"]) for side in sides) + " |")
@@ -259,26 +259,26 @@ def dial(rounds=5, batch=4):
 # ---------------------------------------------------------------------------- wavelet
 
 def wavelet(rounds=11):
-    say("\n### Wavelet: two levels there and back, (8, 3, 512, 512), float32\n")
+    say("\n### Wavelet: two levels and back, (8, 3, 512, 512), float32\n")
     x = torch.randn(8, 3, 512, 512, device=DEVICE)
     compiled = torch.compile(lambda x: idwt(dwt(x, 2), 2))
     contenders = {"ours, eager": lambda: idwt(dwt(x, 2), 2), "ours, compiled": lambda: compiled(x)}
     with contextlib.suppress(ImportError):
         import pywt
         array, how = x.cpu().numpy(), dict(wavelet="bior2.2", mode="reflect")
-        contenders["PyWavelets"] = lambda: pywt.waverec2(pywt.wavedec2(array, level=2, **how), **how)
+        contenders["PyWavelets"] = lambda: pywt.waverec2(
+            pywt.wavedec2(array, level=2, **how), **how)
     with contextlib.suppress(ImportError):
         import ptwt
-        there_and_back = lambda x: ptwt.waverec2(
+        contenders["ptwt"] = lambda: ptwt.waverec2(
             ptwt.wavedec2(x, "bior2.2", mode="reflect", level=2), "bior2.2")
-        contenders["ptwt"] = lambda: there_and_back(x)
     with contextlib.suppress(ImportError):
         from pytorch_wavelets import DWTForward, DWTInverse
-        there = DWTForward(J=2, wave="bior2.2", mode="symmetric").to(DEVICE)
-        back = DWTInverse(wave="bior2.2", mode="symmetric").to(DEVICE)
-        contenders["pytorch_wavelets"] = lambda: back(there(x))
-        compiled_there, compiled_back = torch.compile(there), torch.compile(back)
-        contenders["pytorch_wavelets, compiled"] = lambda: compiled_back(compiled_there(x))
+        forward = DWTForward(J=2, wave="bior2.2", mode="symmetric").to(DEVICE)
+        inverse = DWTInverse(wave="bior2.2", mode="symmetric").to(DEVICE)
+        contenders["pytorch_wavelets"] = lambda: inverse(forward(x))
+        fast_forward, fast_inverse = torch.compile(forward), torch.compile(inverse)
+        contenders["pytorch_wavelets, compiled"] = lambda: fast_inverse(fast_forward(x))
     contenders["a copy"] = lambda: x.clone()
     with torch.no_grad():
         times = in_turn(rounds, **contenders)
@@ -286,7 +286,7 @@ def wavelet(rounds=11):
     say("| | ms | over ours |\n|-|-|-|")
     for name, seconds in times.items():
         say(f"| {name} | {1e3 * median(seconds):.1f} | {ratio(seconds, times[best])} |")
-    model = ours(512, PRESETS["small"]).to(DEVICE)
+    model = ours(512, PRESETS["small"]["network"]).to(DEVICE)
     y = dwt(x, 2).requires_grad_()
 
     def layers():
@@ -294,55 +294,56 @@ def wavelet(rounds=11):
         idwt(y, 2).backward(x)
     times = in_turn(5, step=training_step(model, 512, 8), layers=layers)
     share = [100 * a / b for a, b in zip(times["layers"], times["step"])]
-    say(f"\nFirst and last layer with the gradient of the last, eager: {median(share):.2f}% of a "
-        "training step of `small` at 512, batch 8.")
+    say(f"\nFirst and last layer, with the gradient of the last, take {median(share):.2f}% of a "
+        "training step of `small` at 512, batch 8, eager.")
 
 
 # ---------------------------------------------------------------------------- sampling
 
-def sampling(rounds=5, batch=8, steps=64):
-    say(f"\n### Sampling, 64 x 64, bf16\n")
-    model = build("ours", "eager").eval()
-    model.classes, inside = 10, []
-    logsnr = logsnr_schedule("shifted", 64)
-    label = torch.zeros(2, dtype=torch.long, device=DEVICE)
+def overhead(model, rounds, steps):
+    """Time of the sampler outside of the network, and with guidance over without."""
+    inside = []
+    schedule = logsnr_schedule("shifted", 64)
+    cond = Condition(torch.zeros(2, dtype=torch.long, device=DEVICE))
 
-    class Timed:
-        classes = 10
-
-        def __call__(self, z, logsnr, label):
-            start = clock()
-            v_hat = model(z, logsnr)
-            inside.append(clock() - start)
-            return v_hat
+    def timed(z, logsnr, cond):
+        start = now()
+        v_hat = model(z, logsnr)
+        inside.append(now() - start)
+        return v_hat
 
     def draw(steps, guidance=1.0):
         noise = picture_noise(0, range(2), 64, DEVICE)
         with torch.autocast(DEVICE.type, torch.bfloat16):
-            sample(Timed(), logsnr, noise, steps, label, guidance=guidance)
+            sample(timed, schedule, noise, steps, cond, guidance=guidance)
 
     draw(4)
     parts = []
     for _ in range(3):
         inside.clear()
-        start = clock()
+        start = now()
         draw(steps)
-        total = clock() - start
+        total = now() - start
         parts.append(100 * (total - sum(inside)) / total)
         assert len(inside) == steps
-    say(f"Outside of the network: {median(parts):.2f}% of a {steps}-step sample of 2 pictures "
-        f"({min(parts):.2f} to {max(parts):.2f}).")
+    say(f"A {steps}-step sample of 2 pictures spends {median(parts):.2f}% of its time outside the "
+        f"network ({min(parts):.2f} to {max(parts):.2f}).")
     times = in_turn(rounds, one=lambda: draw(8), two=lambda: draw(8, 2.0))
-    say(f"With guidance over without: {ratio(times['two'], times['one'])}.\n")
+    say(f"Guidance takes {ratio(times['two'], times['one'])} times as long as none.\n")
 
+
+def sampling(rounds=5, batch=8, steps=64):
+    say("\n### Sampling, 64 x 64, bf16\n")
+    overhead(build("ours", "eager").eval(), rounds, steps)
     matmul, cost = product()
-    z, at = torch.randn(batch, 3, 64, 64, device=DEVICE), torch.zeros(batch, device=DEVICE)
+    z, logsnr = torch.randn(batch, 3, 64, 64, device=DEVICE), torch.zeros(batch, device=DEVICE)
 
     def call(model):
         def forward():
             with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16):
-                model(z, at)
+                model(z, logsnr)
         return forward
+
     calls = {(name, how): call(build(name, how).eval())
              for name in installed(NETS) for how in ("eager", "compiled")}
     work = {name: batch * flops(NETS[name], 64, backward=False)[0] for name, _ in calls}
@@ -350,7 +351,8 @@ def sampling(rounds=5, batch=8, steps=64):
     peak = times.pop("product")
     times = dict(zip(calls, times.values()))
     best = min(("eager", "compiled"), key=lambda how: median(times["ours", how]))
-    say(f"One call of the network, batch {batch}:\n\n| network | | MFU | FLOP/s of ours over its |\n|-|-|-|-|")
+    say(f"One call of the network, batch {batch}:\n\n"
+        "| network | | MFU | FLOP/s of ours over its |\n|-|-|-|-|")
     for (name, how), seconds in times.items():
         mfu = ratio([work[name] / s for s in seconds], [cost / s for s in peak])
         ahead = ratio([work["ours"] / s for s in times["ours", best]],
@@ -360,52 +362,68 @@ def sampling(rounds=5, batch=8, steps=64):
 
 # ---------------------------------------------------------------------------- loading
 
+class AsTorchvision:
+    """torchvision's ImageFolder with Resize, RandomCrop, RandomHorizontalFlip, ToTensor and
+    Normalize, by PIL alone.
+    """
+
+    def __init__(self, folder, res):
+        self.files, self.res = sorted(Path(folder).rglob("*.jpg")), res
+
+    def __getitem__(self, i):
+        with open(self.files[i], "rb") as file:
+            image = Image.open(file).convert("RGB")
+        scale = self.res / min(image.size)
+        size = [max(self.res, int(side * scale)) for side in image.size]
+        image = image.resize(size, Image.Resampling.BILINEAR).crop((0, 0, self.res, self.res))
+        if torch.rand(1) < .5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        pixels = torch.from_numpy(np.array(image, copy=True)).permute(2, 0, 1).contiguous()
+        return pixels.float().div(255).sub_(.5).div_(.5)
+
+
+def other_loader(folder):
+    """Its name, and: size -> a data set."""
+    try:
+        from torchvision import transforms
+        from torchvision.datasets import ImageFolder
+    except Exception:
+        return "PIL, as torchvision's ImageFolder", lambda res: AsTorchvision(folder, res)
+    return "torchvision", lambda res: ImageFolder(str(folder), transforms.Compose([
+        transforms.Resize(res), transforms.RandomCrop(res), transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(), transforms.Normalize(.5, .5)]))
+
+
 def loading(rounds=5, count=16):
     say("\n### Loading, one core\n")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    folder = Path(tempfile.mkdtemp(), "a")
-    folder.mkdir()
-    for i in range(count):                  # grainy, as photographs are: 0.7 MB each
+    folder = Path(tempfile.mkdtemp())
+    (folder / "a").mkdir()
+    for i in range(count):                  # with grain, as photographs have it: 0.7 MB each
         rng = np.random.default_rng(i)
         picture, _ = draw_flower(rng, 3 + i % 10, 2000)
         picture = picture + rng.normal(0, .02, picture.shape)
-        Image.fromarray((picture.clip(0, 1) * 255).astype(np.uint8)).save(folder / f"{i}.jpg", quality=90)
-    try:
-        from torchvision import transforms
-        from torchvision.datasets import ImageFolder
-        folder_set = {res: ImageFolder(str(folder.parent), transforms.Compose([
-            transforms.Resize(res), transforms.RandomCrop(res), transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(), transforms.Normalize(.5, .5)])) for res in (256, 512)}
-        rival, name = (lambda i, res: folder_set[res][i]), "torchvision"
-    except Exception:
-        def rival(i, res):
-            """ImageFolder's loader, Resize, RandomCrop, RandomHorizontalFlip, ToTensor, Normalize."""
-            with open(folder / f"{i}.jpg", "rb") as file:
-                image = Image.open(file).convert("RGB")
-            scale = res / min(image.size)
-            size = [max(res, int(side * scale)) for side in image.size]
-            image = image.resize(size, Image.Resampling.BILINEAR).crop((0, 0, res, res))
-            if torch.rand(1) < .5:
-                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            pixels = torch.from_numpy(np.array(image, copy=True)).permute(2, 0, 1).contiguous()
-            return pixels.float().div(255).sub_(.5).div_(.5)
-        name = "PIL, as torchvision's ImageFolder"
+        image = Image.fromarray((picture.clip(0, 1) * 255).astype(np.uint8))
+        image.save(folder / "a" / f"{i}.jpg", quality=90)
+    name, other = other_loader(folder)
 
-    def each(load, n=count):
-        return lambda: [load(i) for i in range(n)]
+    def read(make):
+        return lambda: [make[i] for i in range(count)]
+
     contenders = {}
     for res in (256, 512):
-        contenders[f"{name}, JPEG, {res}"] = each(lambda i, res=res: rival(i, res))
-        contenders[f"ours, JPEG, {res}"] = lambda res=res: [Pictures(folder.parent, res)[i] for i in range(count)]
+        contenders[f"{name}, JPEG, {res}"] = read(other(res))
+        contenders[f"ours, JPEG, {res}"] = lambda res=res: read(Pictures(folder, res))()  # no cache
     for res in (64, 128, 256, 512):
-        contenders[f"ours, flowers, {res}"] = each(Flowers(res).__getitem__)
+        contenders[f"ours, flowers, {res}"] = read(Flowers(res))
     times = in_turn(rounds, **contenders)
-    shutil.rmtree(folder.parent)
+    shutil.rmtree(folder)
     torch.set_num_threads(threads)
-    say(f"JPEGs of 2,000 x 2,000 pixels, 0.7 MB each.\n\n| | ms a picture | {name} at 256 over it |\n|-|-|-|")
-    for each_name, seconds in times.items():
-        say(f"| {each_name} | {1e3 * median(seconds) / count:.1f} | "
+    say("JPEGs of 2,000 x 2,000 pixels, 0.7 MB each.\n\n"
+        f"| | ms per picture | {name} at 256 over it |\n|-|-|-|")
+    for each, seconds in times.items():
+        say(f"| {each} | {1e3 * median(seconds) / count:.1f} | "
             f"{ratio(times[f'{name}, JPEG, 256'], seconds)} |")
 
 
@@ -415,8 +433,8 @@ def command(*arguments, ranks=0, threads=None, **env):
     """train.py in a process (or torchrun's ranks) of its own -> seconds, lines of its log."""
     start = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
     with tempfile.TemporaryDirectory() as out:
-        call = [sys.executable, *(["-m", *start] if ranks else []), HERE / "train.py", "--out", f"{out}/run",
-                "--sample-every", "0", "--accum", "1", *arguments]
+        call = [sys.executable, *(["-m", *start] if ranks else []), HERE / "train.py",
+                "--out", f"{out}/run", "--sample-every", "0", "--accum", "1", *arguments]
         env = os.environ | env | (dict(OMP_NUM_THREADS=str(threads)) if threads else {})
         began = time.perf_counter()
         subprocess.run(list(map(str, call)), check=True, capture_output=True, env=env)
@@ -425,28 +443,34 @@ def command(*arguments, ranks=0, threads=None, **env):
 
 
 def start():
-    say("\n### From the command to the first step (one step, its checkpoint and the end included)\n")
+    say("\n### From the command to the first step\n")
+    say("One step, its checkpoint and the end are included.\n")
     say("| command | seconds |\n|-|-|")
     times = [command("--steps", 1, "--compile", "off")[0] for _ in range(5)]
-    say(f"| `python train.py --steps 1 --sample-every 0 --compile off` | {median(times):.1f} ({min(times):.1f} to {max(times):.1f}) |")
+    say(f"| `python train.py --steps 1 --sample-every 0 --compile off` | {spread(times)} |")
     with tempfile.TemporaryDirectory() as cache:
         env = dict(TORCHINDUCTOR_CACHE_DIR=cache)
         times = [command("--steps", 1, "--compile", "on", **env)[0] for _ in range(4)]
-    say(f"| `python train.py --steps 1 --sample-every 0 --compile on`, no cache | {times[0]:.1f} |")
-    say(f"| the same again | {median(times[1:]):.1f} ({min(times[1:]):.1f} to {max(times[1:]):.1f}) |")
+    first, *again = times
+    say(f"| `python train.py --steps 1 --sample-every 0 --compile on`, no cache | {first:.1f} |")
+    say(f"| the same again | {spread(again)} |")
+
+
+def spread(times):
+    return f"{median(times):.1f} ({min(times):.1f} to {max(times):.1f})"
 
 
 def ranks(rounds=3):
-    say("\n### Two ranks with a thread each, over one process with two threads, same global batch\n")
+    say("\n### Two ranks with a thread each, over one process with two threads, same global "
+        "batch\n")
     say("| model | pictures/s of two ranks over one |\n|-|-|")
     for model, batch, steps in (("tiny", 32, 24), ("small", 8, 6)):
         ends = []
         for _ in range(rounds):
             speeds = []
             for how in (dict(threads=2), dict(ranks=2, threads=1)):
-                how["DEVICE"] = "cpu"
                 _, log = command("--model", model, "--res", 64, "--batch", batch, "--steps", steps,
-                                 "--log-every", steps // 3, **how)
+                                 "--log-every", steps // 3, **how, DEVICE="cpu")
                 speeds.append(max(line["images_per_second"] for line in log[2:]))
             ends.append(speeds)
         say(f"| `{model}`, batch {batch} | {ratio([b for a, b in ends], [a for a, b in ends])} |")
@@ -454,73 +478,82 @@ def ranks(rounds=3):
 
 def memory():
     """Weights, gradient, two moments and EMA in float32: 20 bytes a weight."""
-    say("\n### Memory of `paper` at 512 on each GPU, computed: float32 state, no activations, no copies\n")
+    say("\n### Memory of `paper` at 512 on each GPU, computed\n")
     with torch.device("meta"):
-        model = UViT(512, **PRESETS["paper"], classes=1000)
+        model = UViT(512, **PRESETS["paper"]["network"], classes=1000)
     weights = sum(p.numel() for p in model.parameters())
-    largest = max(sum(p.numel() for p in block.parameters()) for block in residual_blocks(model))
-    rest = weights - sum(p.numel() for block in residual_blocks(model) for p in block.parameters())
-    say(f"{weights / 1e6:,.0f} M weights; the largest block has {largest / 1e6:.1f} M, what is in none "
-        f"{rest / 1e6:.1f} M.\n\n| GPUs | DDP, GB | `--shard`, GB |\n|-|-|-|")
+    blocks = [sum(p.numel() for p in block.parameters()) for block in checkpointable_blocks(model)]
+    largest, rest = max(blocks), weights - sum(blocks)
+    say("Float32 weights, gradient, optimizer and EMA; no activations, no copies.\n"
+        f"{weights / 1e6:,.0f} M weights; the largest block has {largest / 1e6:.1f} M, parts "
+        f"outside of blocks {rest / 1e6:.1f} M.\n\n| GPUs | DDP, GB | `--shard`, GB |\n|-|-|-|")
     for gpus in (1, 8, 64):
-        # A rank's share of everything; what is in no block, and two blocks (one on its way), whole.
+        # A rank's share of everything; parts outside of blocks, and two blocks (the next one is on
+        # its way) as a whole.
         shared = 20 * weights / gpus + 4 * (rest + 2 * largest) * (gpus > 1)
         say(f"| {gpus} | {20 * weights / 1e9:.1f} | {shared / 1e9:.1f} |")
 
 
-def gpu():
+def gpu(batch=16):
     """Needs CUDA: `base` and `paper` at 512, the sampler with and without CUDA graphs."""
     say("\n### One GPU, 512 x 512, bf16, compiled\n")
     matmul, cost = product()
-    batch = 16
-    makes = {"ours, `base`": lambda: ours(512, PRESETS["base"])}
+    makes = {"ours, `base`": lambda: ours(512, PRESETS["base"]["network"])}
     if "denoising-diffusion-pytorch" in installed(NETS):
         makes["denoising-diffusion-pytorch"] = lambda: ddp_uvit(
-            dim=88, dim_mults=(1, 2, 12), patch_size=4, vit_depth=22, attn_dim_head=64, attn_heads=14)
+            dim=88, dim_mults=(1, 2, 12), patch_size=4, vit_depth=22, attn_dim_head=64,
+            attn_heads=14)
     for name, make in reversed(makes.items()):
         torch._dynamo.reset()
         (work, size), model = flops(make, 512), build(name, "compiled", make)
         work, size = batch * work, size / 1e6
         times = in_turn(10, step=training_step(model, 512, batch), product=matmul)
         mfu = ratio([work / s for s in times["step"]], [cost / s for s in times["product"]])
-        say(f"{name}: {size:.0f} M weights, {work / batch / 1e9:.0f} GFLOP a picture, "
+        say(f"{name}: {size:.0f} M weights, {work / batch / 1e9:.0f} GFLOP per picture, "
             f"{batch / median(times['step']):.1f} pictures/s, MFU {mfu}")
-    model.eval()                            # the last one: ours
-    torch._dynamo.reset()                   # batch 8, not 16: else compiled for any
-    plain = lambda z, logsnr, label: model(z, logsnr)
-    graphs = torch.compile(plain, mode="reduce-overhead")
-    noise = picture_noise(0, range(8), 512, DEVICE)
-    for name, net in dict(compiled=plain, graphs=graphs).items():
-        with torch.autocast("cuda", torch.bfloat16):
-            times = in_turn(5, sample=lambda: sample(net, logsnr_schedule("shifted", 512), noise, 64))
-        say(f"`base`, 64 steps, {name}: {8 / median(times['sample']):.2f} pictures/s")
-    del model, plain, graphs, net, times
+    graphs(model.eval())                    # the last one: ours
+    del model
     torch._dynamo.reset()
     torch.cuda.empty_cache()
+    paper(matmul, cost)
+
+
+def graphs(model, batch=8, steps=64):
+    """The sampler, compiled, with and without CUDA graphs."""
+    torch._dynamo.reset()                   # another batch: else compiled for any
+    plain = lambda z, logsnr, cond: model(z, logsnr)
+    faster = torch.compile(plain, mode="reduce-overhead")
+    noise, schedule = picture_noise(0, range(batch), 512, DEVICE), logsnr_schedule("shifted", 512)
+    for name, net in dict(compiled=plain, graphs=faster).items():
+        with torch.autocast("cuda", torch.bfloat16):
+            times = in_turn(5, sample=lambda: sample(net, schedule, noise, steps))
+        say(f"`base`, {steps} steps, {name}: {batch / median(times['sample']):.2f} pictures/s")
+
+
+def paper(matmul, cost, batch=32):
+    make = lambda: UViT(512, **PRESETS["paper"]["network"])
     torch.cuda.reset_peak_memory_stats()
-    paper = UViT(512, **PRESETS["paper"]).to(DEVICE)
-    from functools import partial
-    from torch.utils.checkpoint import checkpoint
-    for block in residual_blocks(paper):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    torch._functorch.config.activation_memory_budget = memory_budget(paper, -1)
-    paper.compile(options=compile_options(DEVICE))
-    work = 32 * flops(lambda: UViT(512, **PRESETS["paper"]), 512)[0]    # not what is computed twice
-    times = in_turn(3, step=training_step(paper, 512, 32), product=matmul)
-    say(f"`paper --recompute`, batch 32: {32 / median(times['step']):.1f} pictures/s, MFU (without "
-        f"what is computed twice) {ratio([work / s for s in times['step']], [cost / s for s in times['product']])}, "
+    model = make().to(DEVICE)
+    recompute_blocks(model)
+    model.compile(options=compile_options(DEVICE), dynamic=False)
+    work = batch * flops(make, 512)[0]      # without what is computed twice
+    times = in_turn(3, step=training_step(model, 512, batch), product=matmul)
+    mfu = ratio([work / s for s in times["step"]], [cost / s for s in times["product"]])
+    say(f"`paper --recompute`, batch {batch}: {batch / median(times['step']):.1f} pictures/s, MFU "
+        f"(without what is computed twice) {mfu}, "
         f"{torch.cuda.max_memory_allocated() / 2**30:.0f} GiB")
 
 
-SECTIONS = dict(train=train, dial=dial, wavelet=wavelet, sample=sampling, load=loading, start=start,
-                ranks=ranks, memory=memory, gpu=gpu)
+SECTIONS = dict(train=train, dial=resolution, wavelet=wavelet, sample=sampling, load=loading,
+                start=start, ranks=ranks, memory=memory, gpu=gpu)
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["child"]:
         print(memory_of(sys.argv[2], sys.argv[3], int(sys.argv[4])))
         sys.exit()
     wanted = sys.argv[1:] or [name for name in SECTIONS if name != "gpu" or CUDA]
-    assert set(wanted) <= set(SECTIONS), f"sections: {', '.join(SECTIONS)}"
+    for name in set(wanted) - set(SECTIONS):
+        fail(f"{name}: must be one of {', '.join(SECTIONS)}")
     say(f"torch {torch.__version__}, "
         f"{torch.cuda.get_device_name() if CUDA else f'{torch.get_num_threads()} CPU threads'}")
     for name in wanted:

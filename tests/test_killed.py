@@ -9,10 +9,12 @@ import sys
 import pytest
 
 import checkpoint
+import run
 import train
-import uvit
-from helpers import LAUNCHERS, RUN, TRAIN, assert_same_run, full_disk, linux, processes, start_script, wait_for
-from test_all import LITTLE, PYTHON, SMALL, assert_same_bits, last_checkpoint, log_lines, one_line, run_script, run_train
+from ranks import StopSignals
+from tests.helpers import (LAUNCHERS, PYTHON, RUN, SMALL, TRAIN, assert_same_bits, assert_same_run,
+                           full_disk, last_checkpoint, linux, log_lines, one_line, processes,
+                           run_script, run_train, start_script, wait_for)
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
@@ -27,78 +29,107 @@ def test_killed_and_resumed_equals_unbroken_to_the_last_bit(tmp_path, unbroken, 
     assert re.search(r"steps (\d+) to 60", run_script(*command))[1] in map(str, range(6, 60, 2))
     assert "done" in run_script(*command)               # and once more
     assert_same_run(unbroken(launcher), tmp_path)
-    assert [(line["step"], line["loss"]) for line in log_lines(unbroken(launcher))] == \
-           [(line["step"], line["loss"]) for line in log_lines(tmp_path)]
+    losses = [[(line["step"], line["loss"]) for line in log_lines(folder)]
+              for folder in (unbroken(launcher), tmp_path)]
+    assert losses[0] == losses[1]
 
 
 @linux
-@pytest.mark.parametrize("told, flags", [(signal.SIGTERM, []), (signal.SIGINT, ["--workers", "2"])], ids=["SIGTERM", "Ctrl-C"])
-def test_sigterm_and_ctrl_c_save_and_leave_with_code_0_within_one_step(tmp_path, unbroken, told, flags):
+@pytest.mark.parametrize("number, flags", [(signal.SIGTERM, []),
+                                           (signal.SIGINT, ["--set", "workers=2"])],
+                         ids=["SIGTERM", "Ctrl-C"])
+def test_sigterm_and_ctrl_c_save_and_leave_with_code_0_within_one_step(
+        tmp_path, unbroken, number, flags):
     command = [*PYTHON, TRAIN, *RUN, tmp_path, *flags]
-    run = start_script(*command, "--save-every", "1000")
-    wait_for(lambda: "loss=" in run.said(), run)
-    os.killpg(run.pid, told)
+    process = start_script(*command, "--save-every", "1000")
+    wait_for(lambda: "loss=" in process.said(), process)
+    os.killpg(process.pid, number)
     before = len(log_lines(tmp_path))
-    assert run.wait(120) == 0 and "Traceback" not in run.said()
+    assert process.wait(120) == 0 and "Traceback" not in process.said()
     step = checkpoint.read(tmp_path / "model.pt")["step"]
-    assert before <= step <= before + 2 and f"stopped and saved at step {step}: the same command goes on" in run.said()
+    assert before <= step <= before + 2
+    assert f"stopped and saved at step {step}: the same command goes on" in process.said()
     wait_for(lambda: not processes(tmp_path), seconds=120)
-    assert sorted(file.name for file in tmp_path.iterdir()) == [f"ckpt-{step:08d}.pt", "log.jsonl", "model.pt"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == \
+        [f"ckpt-{step:08d}.pt", "log.jsonl", "model.pt"]
     run_script(*command)
     assert_same_run(unbroken("one process"), tmp_path)
 
 
 def test_sigterm_does_not_wait_for_the_report(tmp_path, little, monkeypatch, capsys):
-    monkeypatch.setattr(train, "REPORT_STEPS", 5)
-    honest = train.sample
+    monkeypatch.setattr(run, "REPORT_STEPS", 5)
+    honest, calls = run.sampling_steps, []
 
-    def told(model, *more, **options):
+    def stopped_meanwhile(*args):
         signal.raise_signal(signal.SIGTERM)
-        return honest(model, *more, **options)
-    monkeypatch.setattr(train, "sample", told)
+        for step in honest(*args):
+            calls.append(0)
+            yield step
+    monkeypatch.setattr(run, "sampling_steps", stopped_meanwhile)
     assert run_train(tmp_path, "--steps", "9", "--sample-every", "2")["step"] == 3
-    assert "stopped and saved at step 3" in capsys.readouterr().out and not list(tmp_path.glob("grid*"))
-    monkeypatch.setattr(train, "sample", lambda model, *more, **options: signal.raise_signal(signal.SIGTERM) or honest(model, *more, **options))
-    assert run_train(tmp_path, "--steps", "4", "--sample-every", "2")["step"] == 4 and not list(tmp_path.glob("grid*"))
-    monkeypatch.setattr(train, "sample", honest)
-    run_train(tmp_path, "--steps", "4", "--sample-every", "2")              # nothing left to do but the report
-    assert [file.name for file in sorted(tmp_path.glob("grid*"))] == ["grid-0000004.png", "grid.png"]
+    assert "stopped and saved at step 3" in capsys.readouterr().out
+    assert not list(tmp_path.glob("grid*")) and len(calls) == 1
+    assert run_train(tmp_path, "--steps", "4", "--sample-every", "2")["step"] == 4
+    assert not list(tmp_path.glob("grid*"))
+    monkeypatch.setattr(run, "sampling_steps", honest)
+    run_train(tmp_path, "--steps", "4", "--sample-every", "2")  # nothing left to do but the report
+    assert [file.name for file in sorted(tmp_path.glob("grid*"))] == \
+        ["grid-0000004.png", "grid.png"]
     assert len(log_lines(tmp_path, "loss_by_noise_level")) == 1
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@linux
+@pytest.mark.parametrize("nohup", [False, True])
+def test_stop_signals_are_noted_meanwhile_and_nohup_is_respected(nohup):
+    before = signal.SIG_IGN if nohup else lambda number, frame: None
+    original = signal.signal(signal.SIGHUP, before)
+    try:
+        with StopSignals() as signals:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                signal.raise_signal(number)
+        noted = [signal.SIGTERM, signal.SIGINT] + [signal.SIGHUP] * (not nohup)
+        assert signals.received == noted and signal.getsignal(signal.SIGHUP) == before
+    finally:
+        signal.signal(signal.SIGHUP, original)
 
 
 def test_one_command_at_a_time_trains_in_a_folder(tmp_path, little, capsys, monkeypatch):
     (tmp_path / "run").mkdir()
     held = checkpoint.lock(tmp_path / "run/log.jsonl")
-    monkeypatch.setattr(train, "lock", lambda path, patience: checkpoint.lock(path, patience=0))
+    monkeypatch.setattr(run, "lock", lambda path, patience: checkpoint.lock(path, patience=0))
     error = one_line(capsys, train.main, [*SMALL, "--steps", "1", "--out", tmp_path / "run"])
-    assert error == f"--out {tmp_path}/run: another process trains there; end that, or give a new --out\n"
+    assert error == f"--out {tmp_path}/run: another process trains there; end that, or give a " \
+        "new --out\n"
     held.close()
     run_train(tmp_path / "run", "--steps", "1")
 
 
-def test_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on(tmp_path, little, monkeypatch, capsys):
+def test_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on(
+        tmp_path, little, monkeypatch, capsys):
     unbroken = run_train(tmp_path / "unbroken", "--steps", "5", "--save-every", "1")
-    honest = train.write
+    honest = run.write
 
     def write(path, write_to):
         full = re.search("ckpt-0000000[34]", str(path))
         with full_disk() if full else contextlib.nullcontext():
             honest(path, write_to)
         assert not list(tmp_path.glob("run/*.part"))
-    monkeypatch.setattr(train, "write", write)
+    monkeypatch.setattr(run, "write", write)
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:             # the last save fails: nothing is done yet
         run_train(tmp_path / "run", "--steps", "4", "--save-every", "1")
-    said = capsys.readouterr()
-    assert stop.value.code == 1 and said.err.splitlines()[-1] == f"step 4: not saved; the last good checkpoint is " \
-        f"{tmp_path}/run/ckpt-00000002.pt, and the same command goes on from there"
-    lines = [line for line in said.out.splitlines() if "File too large" in line]
-    assert len(lines) == 2 and lines[0].startswith("step 3: ") and lines[0].endswith("the run goes on and will try again")
-    assert [file.name for file in sorted(tmp_path.glob("run/ckpt*"))] == ["ckpt-00000001.pt", "ckpt-00000002.pt"]
-    assert_same_bits(checkpoint.read(tmp_path / "run/ckpt-00000002.pt")["step"], 2)
-    monkeypatch.undo()
-    monkeypatch.setitem(uvit.PRESETS, "tiny", LITTLE)
+    printed, error = capsys.readouterr()
+    assert stop.value.code == 1 and error.splitlines()[-1] == \
+        f"step 4: not saved; the last good checkpoint is {tmp_path}/run/ckpt-00000002.pt, and " \
+        "the same command goes on from there"
+    lines = [line for line in printed.splitlines() if "File too large" in line]
+    assert len(lines) == 2 and lines[0].startswith("step 3: ")
+    assert lines[0].endswith("the run goes on and will try again")
+    assert [file.name for file in sorted(tmp_path.glob("run/ckpt*"))] == \
+        ["ckpt-00000001.pt", "ckpt-00000002.pt"]
+    assert checkpoint.read(tmp_path / "run/ckpt-00000002.pt")["step"] == 2
+    monkeypatch.setattr(run, "write", honest)
     resumed = run_train(tmp_path / "run", "--steps", "5", "--save-every", "1")
     for part in ("step", "model", "ema", "optimizer"):
         assert_same_bits(unbroken[part], resumed[part])
@@ -106,19 +137,23 @@ def test_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on(tmp_path,
 
 @linux
 def test_ctrl_c_saves_even_if_the_reader_of_the_output_is_gone(tmp_path):
-    shell = f"{sys.executable} {TRAIN} {' '.join(RUN)} {tmp_path}/run --save-every 99 2>&1 | tee {tmp_path}/log > /dev/null"
-    run = start_script("sh", "-c", shell)
-    wait_for(lambda: (tmp_path / "log").exists() and "loss=" in (tmp_path / "log").read_text(), run)
-    os.killpg(run.pid, signal.SIGINT)
+    shell = f"{sys.executable} {TRAIN} {' '.join(RUN)} {tmp_path}/run --save-every 99 2>&1 " \
+            f"| tee {tmp_path}/log > /dev/null"
+    process = start_script("sh", "-c", shell)
+    log = tmp_path / "log"
+    wait_for(lambda: log.exists() and "loss=" in log.read_text(), process)
+    os.killpg(process.pid, signal.SIGINT)
     wait_for(lambda: (tmp_path / "run/model.pt").exists() and not processes(tmp_path))
-    assert checkpoint.read(tmp_path / "run/model.pt")["step"] == last_checkpoint(tmp_path / "run")["step"] < 60
+    step = checkpoint.read(tmp_path / "run/model.pt")["step"]
+    assert step == last_checkpoint(tmp_path / "run")["step"] < 60
 
 
 def test_run_leaves_no_file_process_or_open_file_behind(tmp_path, little, monkeypatch):
-    monkeypatch.setattr(train, "REPORT_STEPS", 2)
-    run_train(tmp_path / "first", "--steps", "2", "--workers", "1", "--sample-every", "1", "--save-every", "1")
+    monkeypatch.setattr(run, "REPORT_STEPS", 2)
+    common = ["--save-every", "1", "--set"]
+    run_train(tmp_path / "first", "--steps", "2", "--sample-every", "1", *common, "workers=1")
     before = os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []
-    run_train(tmp_path / "run", "--steps", "6", "--workers", "2", "--sample-every", "2", "--save-every", "1")
+    run_train(tmp_path / "run", "--steps", "6", "--sample-every", "2", *common, "workers=2")
     assert len(os.listdir("/proc/self/fd") if before else []) <= len(before)
     assert not multiprocessing.active_children() and not list(tmp_path.rglob("*.part"))
     (tmp_path / "run/ckpt-00000007.pt.part").write_bytes(b"left by a kill")

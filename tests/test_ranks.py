@@ -14,24 +14,36 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoint
+import data
 import sample as sampling
 import train
-from helpers import LAUNCHERS, RUN, TRAIN, assert_same_run, linux, processes, run_ranks, start_script, wait_for
-from test_all import HERE, SMALL, TORCHRUN, assert_same_bits, last_checkpoint, log_lines, one_line, run_script, same_to_rounding
+from run import CHECKPOINTS
+from tests.helpers import (HERE, LAUNCHERS, RUN, SMALL, TORCHRUN, TRAIN, assert_same_bits,
+                           assert_same_run, last_checkpoint, linux, log_lines, one_line, processes,
+                           run_ranks, run_script, same_to_rounding, start_script, wait_for,
+                           write_folder)
+from tests.test_memory import BY_MEMORY
+
+BEGIN = f"import os, sys\nsys.path[:0] = [{str(HERE)!r}]\nimport tests.little\n"    # of a script
 
 
 def rank_pid(torchrun, rank):
-    ranks = subprocess.run(["pgrep", "-P", str(torchrun.pid)], capture_output=True, text=True).stdout.split()
-    return next(int(pid) for pid in ranks if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text())
+    found = subprocess.run(["pgrep", "-P", str(torchrun.pid)], capture_output=True, text=True)
+    return next(int(pid) for pid in found.stdout.split()
+                if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text())
 
+
+# ---------------------------------------------------------------------------- lost and stopped
 
 @linux
-def test_ranks_save_and_leave_when_torchrun_is_killed_or_one_of_them_is_told_to(tmp_path, unbroken):
+def test_ranks_save_and_leave_when_torchrun_is_killed_or_one_of_them_is_stopped(
+        tmp_path, unbroken):
     command = [*LAUNCHERS["two ranks"], TRAIN, *RUN, tmp_path]
     first = start_script(*command)
     wait_for(lambda: "loss=" in first.said(), first)
-    first.kill()                                        # torchrun alone; its ranks hold the folder until they left
-    second = start_script(*command)
+    first.kill()                            # torchrun alone: its ranks hold the folder until they
+    second = start_script(*command)         # have left
     wait_for(lambda: "loss=" in second.said(), second)
     found = re.search(r"stopped and saved at step (\d+)", first.said())
     assert found and f"steps {found[1]} to 60" in second.said()
@@ -44,14 +56,16 @@ def test_ranks_save_and_leave_when_torchrun_is_killed_or_one_of_them_is_told_to(
 
 @linux
 def test_lost_rank_is_named_and_torchrun_heals_by_max_restarts(tmp_path, unbroken):
-    run = start_script(*LAUNCHERS["two ranks"], "--max-restarts=3", TRAIN, *RUN, tmp_path, "--timeout", ".25")
-    wait_for(lambda: list(tmp_path.glob(train.CHECKPOINTS)), run)
-    os.kill(rank_pid(run, 1), signal.SIGSTOP)           # as good as cut off: it says nothing more
+    run = start_script(*LAUNCHERS["two ranks"], "--max-restarts=3", TRAIN, *RUN, tmp_path, "--set",
+                       "timeout=.25")
+    wait_for(lambda: list(tmp_path.glob(CHECKPOINTS)), run)
+    os.kill(rank_pid(run, 1), signal.SIGSTOP)           # as good as cut off: it sends no more
     begin, stopped = time.time(), rank_pid(run, 1)
     wait_for(lambda: "no word from" in run.said(), run)
-    assert time.time() - begin < 120                    # --timeout
-    assert re.search(rf"rank 0 on \S+: no word from rank 1 on \S+; the same command goes on from .*{tmp_path.name}", run.said())
-    os.kill(stopped, signal.SIGKILL)                    # which torchrun would take half a minute for
+    assert time.time() - begin < 120                    # timeout
+    assert re.search(r"rank 0 on \S+: no word from rank 1 on \S+; the same command goes on from "
+                     f".*{tmp_path.name}", run.said())
+    os.kill(stopped, signal.SIGKILL)                    # for which torchrun would take 30 s
     wait_for(lambda: run.said().count("Everything goes") == 2, run)
     os.kill(rank_pid(run, 0), signal.SIGKILL)
     assert run.wait(120) == 0 and run.said().count("Everything goes") == 3
@@ -60,30 +74,51 @@ def test_lost_rank_is_named_and_torchrun_heals_by_max_restarts(tmp_path, unbroke
 
 @pytest.mark.parametrize("fate", ["pass", "os._exit(0)"], ids=["hung", "dead"])
 def test_of_four_ranks_only_the_lost_one_is_named(tmp_path, fate):
-    (tmp_path / "ask.py").write_text(f"""
-import os, sys, time
+    script = tmp_path / "probe.py"
+    script.write_text(BEGIN + f"""
+import time
 from pathlib import Path
-sys.path[:0] = [{str(HERE)!r}, {str(HERE / "tests")!r}]
-import little
 import torch.distributed as dist
-from train import silent_ranks
-dist.init_process_group("gloo")
-ask, rank = dist.new_group(backend="gloo"), dist.get_rank()
-dist.barrier()
-said = [Path({str(tmp_path)!r}, f"named-{{rank}}") for rank in (0, 1, 3)]
-if rank == 2:
+from ranks import Ranks
+ranks = Ranks()
+ranks.join(timeout=10)
+dist.barrier(ranks.control)
+answers = [Path({str(tmp_path)!r}, f"unreachable-{{rank}}") for rank in (0, 1, 3)]
+if ranks.rank == 2:
     {fate}
 else:
-    time.sleep(rank / 2)                    # they do not find out at the same moment
-    silent = silent_ranks(ask, 10)
-    Path({str(tmp_path)!r}, f"named-{{rank}}").write_text(str(silent))
-while not all(path.exists() for path in said):          # one that leaves is a lost one to the others
+    time.sleep(ranks.rank / 2)              # they do not find out at the same moment
+    answer = Path({str(tmp_path)!r}, f"unreachable-{{ranks.rank}}")
+    answer.write_text(str(ranks.unreachable(seconds=10)))
+while not all(path.exists() for path in answers):       # one that leaves is lost to the others
     time.sleep(.1)
 os._exit(0)
 """)
-    run_ranks(4, tmp_path / "ask.py")
-    assert [(tmp_path / f"named-{rank}").read_text() for rank in (0, 1, 3)] == ["[2]"] * 3
+    run_ranks(4, script)
+    assert [(tmp_path / f"unreachable-{rank}").read_text() for rank in (0, 1, 3)] == ["[2]"] * 3
 
+
+def test_sigterm_to_one_of_two_sharded_ranks_ends_their_report_together(tmp_path):
+    script = tmp_path / "stopped.py"
+    script.write_text(BEGIN + """
+import signal
+import run, train
+honest = run.sampling_steps
+def stopped_meanwhile(*args):
+    for i, step in enumerate(honest(*args)):
+        if os.environ["RANK"] == "1" and i == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield step
+run.sampling_steps = stopped_meanwhile
+train.main()
+""")
+    words = run_ranks(2, script, *SMALL, "--shard", "--steps", "2", "--sample-every", "1", "--out",
+                      tmp_path / "run", "--set", "timeout=.25")
+    assert "stopped and saved at step 2" in words or "done" in words, words
+    assert not list((tmp_path / "run").glob("grid*"))
+
+
+# ---------------------------------------------------------------------------- the same gradient
 
 def test_two_ranks_checkpoint_goes_on_with_1_and_with_4(tmp_path, little):
     flags = [TRAIN, *SMALL, "--steps"]
@@ -92,78 +127,98 @@ def test_two_ranks_checkpoint_goes_on_with_1_and_with_4(tmp_path, little):
     shutil.copytree(tmp_path / "1", tmp_path / "4")
     for count in "14":
         run_ranks(int(count), *flags, "4", "--out", tmp_path / count)
-        assert same_to_rounding(last_checkpoint(tmp_path / "one"), last_checkpoint(tmp_path / count))
+        assert same_to_rounding(last_checkpoint(tmp_path / "one"),
+                                last_checkpoint(tmp_path / count))
 
 
-@pytest.mark.parametrize("told", [[], ["--text", "bytes"]], ids=["class", "caption"])
-def test_two_ranks_equal_one_process(tmp_path, little, told):
-    flags = [*SMALL, "--steps", "4", "--drop-label", ".5", *told]
+@pytest.mark.parametrize("more", [[], ["--text", "bytes"]], ids=["class", "caption"])
+def test_two_ranks_equal_one_process(tmp_path, little, more):
+    flags = [*SMALL, "drop_label=.5", "--steps", "4", "--sample-every", "4", *more]
     run_ranks(0, TRAIN, *flags, "--out", tmp_path / "one")
     run_ranks(2, TRAIN, *flags, "--accum", "2", "--out", tmp_path / "two")
     one, two = last_checkpoint(tmp_path / "one"), last_checkpoint(tmp_path / "two")
     assert same_to_rounding(one, two)
     losses = [[line["loss"] for line in log_lines(tmp_path / name)] for name in ("one", "two")]
     assert np.allclose(*losses, rtol=1e-5)
+    grids = [np.asarray(Image.open(tmp_path / name / "grid.png"), int) for name in ("one", "two")]
+    assert np.abs(grids[0] - grids[1]).max() <= 2
+
+
+def test_a_broken_picture_that_only_another_rank_met_is_named(tmp_path):
+    """Picture 21: both ranks read the first 16, for the reports, and rank 1 has 20 to 23."""
+    write_folder(tmp_path / "set", 40)
+    names = data.Pictures(tmp_path / "set", 16).names
+    name = names[np.random.default_rng((1, 0, 0)).permutation(40)[21]]
+    (tmp_path / "set" / name).write_bytes(b"no picture")
+    said = run_ranks(2, TRAIN, *SMALL, "--data", tmp_path / "set", "--res", "16", "--steps", "3",
+                     "--out", tmp_path / "run")
+    assert said.count(f"skipped {name}: Unid") == 1
+    assert "1 of 40 pictures could not be read and were skipped" in said
 
 
 def test_sharded_ranks_learn_from_captions_what_ddp_learns(tmp_path, little):
-    flags = [TRAIN, *SMALL, "--save-every", "1", "--drop-label", ".5", "--text", "bytes", "--steps"]
+    flags = [TRAIN, *SMALL, "drop_label=.5", "--save-every", "1", "--text", "bytes", "--steps"]
     run_ranks(2, *flags, "4", "--out", tmp_path / "ddp")
     run_ranks(2, *flags, "3", "--shard", "--recompute", "--out", tmp_path / "shard")
-    run_ranks(0, *flags, "4", "--out", tmp_path / "shard")               # goes on as one process
+    run_ranks(0, *flags, "4", "--out", tmp_path / "shard")      # goes on as one process
     ddp, shard = last_checkpoint(tmp_path / "ddp"), last_checkpoint(tmp_path / "shard")
     assert same_to_rounding(ddp, shard) and ddp["model"].keys() == shard["model"].keys()
     assert any(name.startswith("text.") for name in shard["model"])
 
 
-def test_sharded_ranks_learn_what_ddp_learns_and_their_checkpoint_is_a_bare_whole_one(tmp_path, little, capsys):
-    flags = [TRAIN, *SMALL, "--save-every", "1", "--drop-label", ".5", "--steps"]
+def test_sharded_ranks_learn_what_ddp_learns_and_their_checkpoint_is_a_bare_whole_one(
+        tmp_path, little, capsys):
+    flags = [TRAIN, *SMALL, "drop_label=.5", "--save-every", "1", "--steps"]
     run_ranks(2, *flags, "4", "--out", tmp_path / "ddp")
-    run_ranks(2, *flags, "3", "--shard", "--recompute", "--accum", "2", "--sample-every", "2", "--out", tmp_path / "shard")
+    run_ranks(2, *flags, "3", "--shard", "--recompute", "--accum", "2", "--sample-every", "2",
+              "--out", tmp_path / "shard")
     shutil.copytree(tmp_path / "shard", tmp_path / "one")
-    run_ranks(2, *flags, "4", "--shard", "--out", tmp_path / "shard")                       # goes on sharded,
-    run_ranks(0, *flags, "4", "--sample-every", "2", "--out", tmp_path / "one")  # and as one process
+    run_ranks(2, *flags, "4", "--shard", "--out", tmp_path / "shard")           # goes on sharded,
+    run_ranks(0, *flags, "4", "--sample-every", "2", "--out", tmp_path / "one")     # and as one
     ddp, shard, one = (last_checkpoint(tmp_path / name) for name in ("ddp", "shard", "one"))
     assert same_to_rounding(ddp, shard) and same_to_rounding(ddp, one)
     assert ddp["model"].keys() == shard["model"].keys() and ddp.keys() == shard.keys()
-    for a, b in zip([*ddp["ema"].values(), *ddp["optimizer"]["state"][0].values()], [*shard["ema"].values(), *shard["optimizer"]["state"][0].values()]):
-        assert type(b) is torch.Tensor and a.shape == b.shape
+    parts = [[*saved["ema"].values(), *saved["optimizer"]["state"][0].values()]
+             for saved in (ddp, shard)]
+    assert len(parts[0]) == len(parts[1])
+    assert all(type(b) is torch.Tensor and a.shape == b.shape for a, b in zip(*parts))
     reports = [log_lines(tmp_path / name, "loss_by_noise_level")[0] for name in ("shard", "one")]
-    assert reports[0] == reports[1] and Image.open(tmp_path / "shard/grid-0000002.png").size == (320, 128)
-    sampling.main(["--ckpt", str(tmp_path / "shard/model.pt"), "--n", "2", "--steps", "2", "--out", str(tmp_path / "pictures")])
+    assert reports[0] == reports[1]
+    assert Image.open(tmp_path / "shard/grid-0000002.png").size == (320, 128)
+    sampling.main(["--ckpt", str(tmp_path / "shard/model.pt"), "--n", "2", "--steps", "2", "--out",
+                   str(tmp_path / "pictures")])
     assert (tmp_path / "pictures/000001.png").exists()
 
 
+# ---------------------------------------------------------------------------- shards
+
 def test_each_rank_of_a_sharded_run_keeps_its_share_alone(tmp_path):
     script = tmp_path / "count.py"
-    script.write_text(f"""
-import os, sys
-sys.path[:0] = [{str(HERE)!r}, {str(HERE / "tests")!r}]
-import little
+    script.write_text(BEGIN + f"""
 import torch, train
-made, kept = [], torch.optim.AdamW
-torch.optim.AdamW = lambda *args, **options: made.append(kept(*args, **options)) or made[0]
+made, adam = [], torch.optim.AdamW
+torch.optim.AdamW = lambda *args, **options: made.append(adam(*args, **options)) or made[0]
 ema, honest = [], torch._foreach_lerp_
-torch._foreach_lerp_ = lambda averages, *rest: ema.append(sum(p.numel() for p in averages)) or honest(averages, *rest)
+def counted(averages, *rest):
+    ema.append(sum(p.numel() for p in averages))
+    honest(averages, *rest)
+torch._foreach_lerp_ = counted
 train.main()
 weights = [p.to_local() for p in made[0].param_groups[0]["params"]]
 moments = [state["exp_avg"].to_local() for state in made[0].state.values()]
 counts = [sum(t.numel() for t in tensors) for tensors in (weights, moments)] + ema
 open({str(tmp_path)!r} + "/rank" + os.environ["RANK"], "w").write(str(counts))
-train.dist.destroy_process_group()
 """)
     run_ranks(2, script, *SMALL, "--shard", "--steps", "2", "--out", tmp_path / "run")
     counts = [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1)]
-    whole = sum(weight.numel() for weight in last_checkpoint(tmp_path / "run")["model"].values())
+    model = last_checkpoint(tmp_path / "run")["model"]
+    whole = sum(weights.numel() for weights in model.values())
     assert all(a + b == whole and a < .6 * whole for a, b in zip(*counts)) and len(counts[0]) == 4
 
 
 def test_weights_not_finite_in_one_share_alone_are_never_saved(tmp_path):
     script = tmp_path / "spoiled.py"
-    script.write_text(f"""
-import os, sys
-sys.path[:0] = [{str(HERE)!r}, {str(HERE / "tests")!r}]
-import little
+    script.write_text(BEGIN + """
 import torch, train
 honest = torch._foreach_lerp_
 def spoiled(averages, weights, share):
@@ -173,40 +228,21 @@ def spoiled(averages, weights, share):
 torch._foreach_lerp_ = spoiled
 train.main()
 """)
-    words = run_ranks(2, script, *SMALL, "--shard", "--steps", "1", "--out", tmp_path / "run", code=1)
-    assert "weights are no longer finite, nothing was saved" in words and not list((tmp_path / "run").glob("*.pt"))
+    words = run_ranks(2, script, *SMALL, "--shard", "--steps", "1", "--out", tmp_path / "run",
+                      code=1)
+    assert "weights are no longer finite, nothing was saved" in words
+    assert not list((tmp_path / "run").glob("*.pt"))
 
 
-def test_sigterm_to_one_of_two_sharded_ranks_ends_their_report_together(tmp_path):
-    script = tmp_path / "told.py"
-    script.write_text(f"""
-import os, signal, sys
-sys.path[:0] = [{str(HERE)!r}, {str(HERE / "tests")!r}]
-import little
-import train
-honest = train.sample
-def told(model, logsnr, noise, *args, **options):
-    def and_told():
-        if os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGTERM)
-        return noise()
-    return honest(model, logsnr, and_told, *args, **options)
-train.sample = told
-train.main()
-train.dist.destroy_process_group()
-""")
-    flags = [*SMALL, "--shard", "--steps", "2", "--sample-every", "1", "--timeout", ".25", "--out", tmp_path / "run"]
-    words = run_ranks(2, script, *flags)
-    assert "stopped and saved at step 2" in words or "done" in words, words
-    assert not list((tmp_path / "run").glob("grid*"))
-
+# ---------------------------------------------------------------------------- checkpoints
 
 def test_checkpoint_keys_are_bare_and_load_with_weights_only(tmp_path, little):
     run_script(*TORCHRUN, "--nproc_per_node=1", TRAIN, *SMALL, "--steps", "3", "--out", tmp_path)
     saved = last_checkpoint(tmp_path)
-    names = set(sampling.network(saved["config"], 10).state_dict())
-    assert set(saved["model"]) == set(saved["ema"]) == names and not any("module." in n or "_orig_mod." in n for n in names)
-    model, small = sampling.load_model(tmp_path / "model.pt", "cpu")
+    names = set(checkpoint.build_network(**saved["network"]).state_dict())
+    assert set(saved["model"]) == set(saved["ema"]) == names
+    assert not any("module." in name or "_orig_mod." in name for name in names)
+    model, small = checkpoint.load_model(tmp_path / "model.pt", "cpu")
     assert_same_bits(dict(model.state_dict()), saved["ema"])
     assert small["step"] == 3 and len(small["classes"]) == 10 and not model.training
 
@@ -214,37 +250,50 @@ def test_checkpoint_keys_are_bare_and_load_with_weights_only(tmp_path, little):
 @pytest.mark.parametrize("flags", [[], ["--shard"]], ids=["ddp", "shard"])
 def test_nan_in_one_ranks_gradient_leaves_all_ranks_with_the_same_finite_weights(tmp_path, flags):
     script = tmp_path / "poisoned.py"
-    script.write_text(f"""
-import os, sys
-sys.path[:0] = [{str(HERE)!r}, {str(HERE / "tests")!r}]
-import little
+    script.write_text(BEGIN + f"""
 import torch, train
+from ranks import gather_full
 honest, calls = train.diffusion_loss, []
-def poisoned(net, *args):
+def poisoned(*args, **options):
     calls.append(0)
     poison = float("nan") if os.environ["RANK"] == "1" and len(calls) in (2, 4) else 1
-    return honest(net, *args) * poison
+    return honest(*args, **options) * poison
 train.diffusion_loss = poisoned
 copied, nets = train.copy.deepcopy, []
-train.copy.deepcopy = lambda net: nets.append(net) or nets.append(copied(net)) or nets[-1]
+def deepcopy(thing):
+    copy = copied(thing)
+    if isinstance(thing, torch.nn.Module):
+        nets.extend([thing, copy])
+    return copy
+train.copy.deepcopy = deepcopy
+leave = train.Ranks.wait_and_leave
+def save_and_leave(self):
+    states = [gather_full(net.state_dict()) for net in nets]
+    torch.save(states, {str(tmp_path)!r} + "/rank" + os.environ["RANK"])
+    leave(self)
+train.Ranks.wait_and_leave = save_and_leave
 train.main()
-torch.save([train.whole_of(net.state_dict()) for net in nets], {str(tmp_path)!r} + "/rank" + os.environ["RANK"])
-train.dist.destroy_process_group()
 """)
     run_ranks(2, script, *SMALL, *flags, "--steps", "6", "--out", tmp_path / "run")
     first, second = (torch.load(tmp_path / f"rank{rank}") for rank in (0, 1))
+    assert len(first) == 2
     assert_same_bits(first, second)
-    assert all(torch.isfinite(weight).all() for state in first for weight in state.values())
+    assert all(torch.isfinite(weights).all() for state in first for weights in state.values())
     lines = log_lines(tmp_path / "run")
-    assert [line["skipped"] for line in lines] == [0, 1, 1, 2, 2, 2] and all(math.isfinite(line["loss"]) for line in lines)
+    assert [line["skipped"] for line in lines] == [0, 1, 1, 2, 2, 2]
+    assert all(math.isfinite(line["loss"]) for line in lines)
 
+
+# ---------------------------------------------------------------------------- wrong numbers
 
 def test_batch_3_on_2_ranks_is_refused_once(tmp_path, little, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    error = one_line(capsys, train.main, [*SMALL, "--batch", "6", "--accum", "2", "--out", tmp_path / "run"])
+    error = one_line(capsys, train.main, [*SMALL, "--batch", "6", "--accum", "2", "--out",
+                                          tmp_path / "run"])
     assert error == "--batch 6: must be a multiple of 4, 2 ranks x --accum 2\n"
-    error = one_line(capsys, train.main, [*SMALL, "--batch", "3", "--accum", "0", "--out", tmp_path / "run"])
+    error = one_line(capsys, train.main, [*BY_MEMORY, "--batch", "3", "--out", tmp_path / "run"])
     assert error == "--batch 3: must be a multiple of 2, 2 ranks\n"
     monkeypatch.undo()
-    output = run_script(*TORCHRUN, "--nproc_per_node=2", TRAIN, "--batch", "3", "--out", tmp_path / "run", code=1)  # torchrun's
+    output = run_script(*TORCHRUN, "--nproc_per_node=2", TRAIN, "--batch", "3", "--out",
+                        tmp_path / "run", code=1)                       # the code of torchrun
     assert output.count(error) == 1 and "exitcode  : 2" in output

@@ -7,160 +7,236 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoint
 import data
+import flowers
 import loss as losses
 import sample as sampling
 import schedule
-from helpers import full_disk
-from test_all import HERE, PYTHON, TORCHRUN, one_line, run_script, run_train
+from noise import picture_noise
+from tests.helpers import (HERE, PYTHON, TORCHRUN, condition, full_disk, one_line, run_script,
+                           run_train)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Calls of the sampler that sample.py makes: a list of {name of the argument: value}."""
+    made, original = [], sampling.sampling_steps
+    names = "model schedule noise steps cond sampler gamma guidance interval".split()
+    monkeypatch.setattr(sampling, "sampling_steps", lambda *arguments: made.append(
+        dict(zip(names, arguments, strict=True))) or original(*arguments))
+    return made
+
+
+def pngs(folder):
+    """{name of a picture: its bytes}"""
+    return {file.name: file.read_bytes() for file in Path(folder).glob("0*.png")}
 
 
 def test_film_shows_noise_become_the_first_picture(tmp_path, trained_run):
-    flags = ["--ckpt", str(trained_run / "model.pt"), "--n", "3", "--steps", "9", "--out", str(tmp_path / "out")]
-    sampling.main([*flags, "--batch", "2"])
-    when = (tmp_path / "out/000000.png").read_bytes()
-    assert not (tmp_path / "out/film.png").exists()
-    sampling.main([*flags, "--batch", "2", "--film"])
-    film, picture = np.asarray(Image.open(tmp_path / "out/film.png")), np.asarray(Image.open(tmp_path / "out/000000.png"))
+    out = tmp_path / "out"
+    flags = ["--ckpt", str(trained_run / "model.pt"), "--n", "3", "--steps", "9", "--batch", "2"]
+    sampling.main([*flags, "--out", str(out)])
+    before = pngs(out)
+    assert not (out / "film.png").exists()
+    sampling.main([*flags, "--out", str(out), "--film"])
+    film, picture = (np.asarray(Image.open(out / name)) for name in ("film.png", "000000.png"))
     h, w, _ = picture.shape
-    assert film.shape == (2 * h, 9 * w, 3) and when == (tmp_path / "out/000000.png").read_bytes()
-    assert np.array_equal(film[h:, -w:], picture)                               # x_hat at the last step is the picture
-    noise = sampling.to_uint8(sampling.picture_noise(0, [0], h, "cpu")()[:1])[0]
+    assert film.shape == (2 * h, 9 * w, 3) and pngs(out) == before
+    assert np.array_equal(film[h:, -w:], picture)           # x_hat at the last step is the picture
+    noise = data.to_uint8(picture_noise(0, [0], h, "cpu")()[:1])[0]
     assert np.array_equal(film[:h, :w], noise)
-    sampling.main([*flags[:-1], str(tmp_path / "at once"), "--batch", "2", "--film"])
-    assert (tmp_path / "at once/film.png").read_bytes() == (tmp_path / "out/film.png").read_bytes()
-    sampling.main([*flags[:-3], "25", "--n", "1", "--out", str(tmp_path / "long"), "--film"])
+    sampling.main([*flags, "--out", str(tmp_path / "at once"), "--film"])
+    assert (tmp_path / "at once/film.png").read_bytes() == (out / "film.png").read_bytes()
+    sampling.main(["--ckpt", str(trained_run / "model.pt"), "--n", "1", "--steps", "25",
+                   "--out", str(tmp_path / "long"), "--film"])
     assert Image.open(tmp_path / "long/film.png").size == (9 * w, 2 * h)
 
 
 def test_sample_writes_grid_pngs_and_npz_the_same_on_one_rank_or_two(tmp_path, trained_run):
-    flags = ["--ckpt", trained_run / "model.pt", "--n", "7", "--batch", "2", "--steps", "3", "--guidance", "2", "--seed", "5"]
+    flags = ["--ckpt", trained_run / "model.pt", "--n", "7", "--batch", "2", "--steps", "3",
+             "--guidance", "2", "--seed", "5"]
     run_script(*PYTHON, "sample.py", *flags, "--out", tmp_path / "one")
-    run_script(*TORCHRUN, "--nproc_per_node=2", "--", "sample.py", *flags, "--out", tmp_path / "two")
+    run_script(*TORCHRUN, "--nproc_per_node=2", "--", "sample.py", *flags, "--out",
+               tmp_path / "two")
+    files = [f"{i:06d}.png" for i in range(7)] + ["grid.png", "samples.npz", "settings.json"]
+    arrays = []
     for name in ("one", "two"):
-        assert sorted(file.name for file in (tmp_path / name).iterdir()) == [f"{i:06d}.png" for i in range(7)] + ["grid.png", "samples.npz", "settings.json"]
-    one, two = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("one", "two"))
+        assert sorted(file.name for file in (tmp_path / name).iterdir()) == files
+        arrays.append(np.load(tmp_path / name / "samples.npz")["arr_0"])
+    one, two = arrays
     assert one.shape == (7, 32, 32, 3) and one.dtype == np.uint8 and np.array_equal(one, two)
-    assert all(np.array_equal(one[i], np.asarray(Image.open(tmp_path / f"one/{i:06d}.png"))) for i in range(7))
+    for i in range(7):
+        assert np.array_equal(one[i], np.asarray(Image.open(tmp_path / f"one/{i:06d}.png")))
     assert Image.open(tmp_path / "one/grid.png").size == (320, 32)
     assert not np.array_equal(one[0], one[1])
 
 
 def test_sample_takes_labels_by_name_or_number(tmp_path, trained_run):
-    common = ["--ckpt", str(trained_run / "model.pt"), "--n", "2", "--steps", "2", "--sampler", "ddim"]
+    common = ["--ckpt", str(trained_run / "model.pt"), "--n", "2", "--steps", "2",
+              "--sampler", "ddim"]
     for i, label in enumerate(["5 petals", "2"]):
         sampling.main([*common, "--out", str(tmp_path / str(i)), "--label", label])
     assert np.array_equal(*(np.load(tmp_path / i / "samples.npz")["arr_0"] for i in "01"))
 
 
-def test_prompts_are_drawn_in_turns_from_the_command_line_and_from_a_file(tmp_path, little, monkeypatch):
+def test_prompts_are_drawn_in_turns_from_the_command_line_and_from_a_file(tmp_path, little, calls):
     run_train(tmp_path / "run", "--steps", "2", "--text", "bytes")
-    honest, told = sampling.sample, []
-    monkeypatch.setattr(sampling, "sample", lambda model, logsnr, noise, steps, label, *rest, **options:
-                        "--guidance" in common and rest[-1] == [-3, 5] and told.extend(bytes(byte - 1 for byte in row[2:].tolist() if byte).decode() for row in label)
-                        or honest(model, logsnr, noise, steps, label, *rest, **options))
-    (tmp_path / "prompts.txt").write_text("a blue flower\n\nzwölf Blätter\n", encoding="utf-8")
-    common = ["--ckpt", str(tmp_path / "run/model.pt"), "--steps", "1", "--guidance", "3", "--guidance-interval", "-3", "5"]
-    sampling.main([*common, "--prompt", "a red flower", "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "a")])
-    assert told == ["a red flower", "a blue flower", "zwölf Blätter"] and len(list((tmp_path / "a").glob("0*.png"))) == 3
-    told.clear()
-    sampling.main([*common, "--prompt", "a red flower", "blue", "--n", "5", "--out", str(tmp_path / "b")])
-    assert told == ["a red flower", "blue", "a red flower", "blue", "a red flower"]
-    told.clear()
-    sampling.main([*common, "--n", "2", "--out", str(tmp_path / "c")])
-    assert told == ["", ""]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a blue flower\n\nzwölf Blätter\n", encoding="utf-8")
+
+    def captions(name, *flags):
+        calls.clear()
+        sampling.main(["--ckpt", str(tmp_path / "run/model.pt"), "--steps", "1", "--guidance", "3",
+                       *flags, "--out", str(tmp_path / name)])
+        return [bytes(byte - 1 for byte in row if byte).decode()
+                for call in calls for row in call["cond"].tokens.tolist()]
+
+    found = captions("a", "--prompt", "a red flower", "--prompts", str(prompts))
+    assert found == ["a red flower", "a blue flower", "zwölf Blätter"]
+    assert len(pngs(tmp_path / "a")) == 3
+    found = captions("b", "--prompt", "a red flower", "blue", "--n", "5")
+    assert found == ["a red flower", "blue", "a red flower", "blue", "a red flower"]
+    assert captions("c", "--n", "2") == ["", ""]
 
 
-def test_flags_of_sampling_reach_the_sampler(tmp_path, little, monkeypatch):
-    run_train(tmp_path / "run", "--steps", "1", "--noise-d", "64")
-    honest, told = sampling.sample, {}
-    monkeypatch.setattr(sampling, "sample", lambda model, logsnr, noise, steps, label, sampler, gamma, guidance, interval, **rest:
-                        told.update(logsnr=logsnr(torch.tensor([.3])), steps=steps, sampler=sampler, gamma=gamma, guidance=guidance, interval=interval)
-                        or honest(model, logsnr, noise, steps, label, sampler, gamma, guidance, interval, **rest))
+def test_options_of_sampling_reach_the_sampler(tmp_path, little, calls):
+    run_train(tmp_path / "run", "--steps", "1", "--set", "noise_d=64")
     common = ["--ckpt", str(tmp_path / "run/model.pt"), "--n", "1"]
-    sampling.main([*common, "--steps", "2", "--sampler", "ddim", "--gamma", "0.7", "--guidance", "2.5", "--guidance-interval", "-3", "5", "--out", str(tmp_path / "a")])
-    assert told == dict(logsnr=schedule.logsnr_shifted(torch.tensor([.3]), 32, 64), steps=2, sampler="ddim", gamma=.7, guidance=2.5, interval=[-3, 5])
+    sampling.main([*common, "--steps", "2", "--sampler", "ddim", "--gamma", "0.7", "--guidance",
+                   "2.5", "--guidance-interval", "-3", "5", "--out", str(tmp_path / "a")])
     sampling.main([*common, "--out", str(tmp_path / "b")])
-    assert (told["steps"], told["sampler"], told["gamma"], told["guidance"], told["interval"]) == (128, "ancestral", .2, 1, [-99, 99])
+    sampling.main([*common, "--steps", "2", "--schedule", "cosine", "--out", str(tmp_path / "c")])
+    given, usual, cosine = calls
+    t = torch.tensor([.3])
+    assert torch.equal(given["schedule"](t), schedule.logsnr_shifted(t, 32, 64))
+    assert torch.equal(cosine["schedule"](t), schedule.logsnr_cosine(t))
+    options = "steps", "sampler", "gamma", "guidance"
+    assert [given[name] for name in options] == [2, "ddim", .7, 2.5]
+    assert tuple(given["interval"]) == (-3, 5)
+    assert [usual[name] for name in options] == [128, "ancestral", .2, 1]
+    assert usual["interval"][0] < -50 and usual["interval"][1] > 50         # everywhere
 
 
-def test_sample_without_a_run_draws_with_the_released_weights(tmp_path, monkeypatch, capsys):
+def test_sample_without_a_run_draws_with_the_bundled_weights(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["--prompt", "a red flower with five petals", "--guidance", "3"]
     for flags, name, size in (["--n", "1"], "flowers", 128), (words, "words", 40):
         sampling.main([*flags, "--steps", "1"])
-        assert f"assets/{name}.pt" in capsys.readouterr().out and Image.open("samples/000000.png").size == (size, size)
+        assert f"assets/{name}.pt" in capsys.readouterr().out
+        assert Image.open("samples/000000.png").size == (size, size)
         assert (HERE / f"assets/{name}.pt").stat().st_size <= 16e6
 
 
 @torch.no_grad()
-def test_released_flowers_know_their_class():
-    """assets/flowers.pt on 40 flowers it has not seen: the right class helps. Bounds that its own first go fails."""
-    model, saved = sampling.load_model(HERE / "assets" / "flowers.pt", "cpu")
-    assert {weights.dtype for weights in saved["ema"].values()} == {torch.bfloat16} and saved["config"]["out"] == ""
-    fresh = data.Flowers(saved["config"]["res"], 12345)
-    x, label = (torch.stack(part) for part in zip(*[fresh[n][:2] for n in range(40)]))
+def test_bundled_flowers_know_their_class():
+    """assets/flowers.pt on 40 new flowers: the right class helps. The weights after the first
+    stage of their training do not meet these bounds.
+    """
+    model, saved = checkpoint.load_model(HERE / "assets" / "flowers.pt", "cpu")
+    assert {weights.dtype for weights in saved["ema"].values()} == {torch.bfloat16}
+    assert saved["config"]["out"] == ""
+    fresh = flowers.Flowers(saved["config"]["res"], 12345)
+    x, cond, _ = data.collate([fresh[n] for n in range(40)])
     logsnr = torch.full((40,), -3.)
-    eps, (alpha, sigma) = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)), schedule.alpha_sigma(logsnr)
-    z = alpha * x + sigma * eps
-    right, wrong = ((losses.x_from_v(z, model(z, logsnr, asked), alpha, sigma) - x).square().mean()
-                    for asked in (label[:, 0], (label[:, 0] + 5) % 10))
+    eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    alpha, sigma = schedule.alpha_sigma(logsnr)
+    z, errors = alpha * x + sigma * eps, []
+    for label in (cond.label, (cond.label + 5) % 10):
+        x_hat = losses.x_from_v(z, model(z, logsnr, condition(label)), alpha, sigma)
+        errors.append((x_hat - x).square().mean())
+    right, wrong = errors
     assert right < .0165 and wrong > 2.5 * right, (right, wrong)
 
 
-def test_sample_killed_half_way_goes_on_to_the_same_pictures(tmp_path, trained_run, monkeypatch, capsys):
-    flags = ["--ckpt", str(trained_run / "model.pt"), "--n", "14", "--batch", "4", "--steps", "2", "--out"]
-    sampling.main([*flags, str(tmp_path / "unbroken")])
-    honest = sampling.write
+def test_killed_sample_goes_on_to_the_same_pictures(tmp_path, trained_run, monkeypatch, capsys):
+    flags = ["--ckpt", str(trained_run / "model.pt"), "--n", "14", "--batch", "4", "--steps", "2",
+             "--out"]
+    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
+    sampling.main([*flags, str(unbroken)])
+    original = checkpoint.write
 
-    def killed(path, write_to):
+    def write(path, write_to):
         if path.name == "000009.png":
-            (tmp_path / "killed/000009.png.part").write_bytes(b"half a pict")
+            for half in ("000009.png.part", "film.png.part"):
+                (killed / half).write_bytes(b"half a pict")
             raise KeyboardInterrupt
-        honest(path, write_to)
-    monkeypatch.setattr(sampling, "write", killed)
-    with pytest.raises(KeyboardInterrupt):
-        sampling.main([*flags, str(tmp_path / "killed")])
-    kept = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "killed").glob("0*.png")}
-    assert sorted(kept) == [f"{i:06d}.png" for i in range(9)]
-    monkeypatch.undo()
-    sampling.main([*flags, str(tmp_path / "killed")])
-    names = sorted(file.name for file in (tmp_path / "unbroken").iterdir())
-    assert names == sorted(file.name for file in (tmp_path / "killed").iterdir()) and len(names) == 14 + 3
-    for name in names:
-        assert name == "samples.npz" or (tmp_path / "unbroken" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
-    assert np.array_equal(*(np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("unbroken", "killed")))
-    again = {name for name, when in kept.items() if (tmp_path / "killed" / name).stat().st_mtime_ns != when}
-    assert again == {"000008.png"}                      # of the batch that was not whole
+        original(path, write_to)
 
-    error = one_line(capsys, sampling.main, [*flags, tmp_path / "killed", "--seed", "1"])
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(checkpoint, "write", write)
+        sampling.main([*flags, str(killed)])
+    times = lambda: {file.name: file.stat().st_mtime_ns for file in killed.glob("0*.png")}
+    kept = times()
+    assert sorted(kept) == [f"{i:06d}.png" for i in range(9)]
+    sampling.main([*flags, str(killed)])
+    names = sorted(file.name for file in unbroken.iterdir())
+    assert names == sorted(file.name for file in killed.iterdir()) and len(names) == 14 + 3
+    for name in set(names) - {"samples.npz"}:
+        assert (unbroken / name).read_bytes() == (killed / name).read_bytes()
+    assert np.array_equal(*(np.load(folder / "samples.npz")["arr_0"]
+                            for folder in (unbroken, killed)))
+    again = {name for name, time in kept.items() if times()[name] != time}
+    assert again == {"000008.png"}                      # of the batch that was not complete
+
+    error = one_line(capsys, sampling.main, [*flags, killed, "--seed", "1"])
     assert "holds other pictures (--seed 0, now 1): name another folder" in error
+
+
+def test_full_disk_ends_sampling_with_a_line_and_complete_files(tmp_path, trained_run, capsys):
     with full_disk(500), pytest.raises(SystemExit) as stop:
-        sampling.main([*flags, str(tmp_path / "full")])
-    assert stop.value.code == 1 and "File too large; what is there is whole" in capsys.readouterr().err
+        sampling.main(["--ckpt", str(trained_run / "model.pt"), "--n", "2", "--steps", "2",
+                       "--out", str(tmp_path / "full")])
+    assert stop.value.code == 1
+    assert "File too large; finished files are complete" in capsys.readouterr().err
     assert not list((tmp_path / "full").glob("*.p*"))
 
 
-def test_sample_starts_over_in_its_own_folder_when_asked_for_others(tmp_path, trained_run, monkeypatch):
-    """samples/ is for a quick look: other settings replace what was there, the same settings keep it."""
+def test_sample_starts_over_in_its_own_folder_with_other_settings(
+        tmp_path, trained_run, monkeypatch):
+    """samples/ is for a quick look: other settings replace its pictures, the same keep them."""
     monkeypatch.chdir(tmp_path)
     flags = ["--ckpt", str(trained_run / "model.pt"), "--steps", "1"]
     sampling.main([*flags, "--n", "3"])
-    first = {file.name: file.read_bytes() for file in Path("samples").glob("0*.png")}
-    when = Path("samples/000000.png").stat().st_mtime_ns
+    first, time = pngs("samples"), Path("samples/000000.png").stat().st_mtime_ns
     sampling.main([*flags, "--n", "3"])
-    assert Path("samples/000000.png").stat().st_mtime_ns == when
+    assert Path("samples/000000.png").stat().st_mtime_ns == time
     sampling.main([*flags, "--n", "2", "--seed", "1"])
-    second = {file.name: file.read_bytes() for file in Path("samples").glob("0*.png")}
+    second = pngs("samples")
     assert len(first) == 3 and len(second) == 2 and first["000000.png"] != second["000000.png"]
 
 
+def test_a_finished_picture_of_another_size_is_drawn_again(tmp_path, trained_run):
+    flags = ["--ckpt", str(trained_run / "model.pt"), "--n", "2", "--steps", "1", "--out",
+             str(tmp_path)]
+    sampling.main(flags)
+    before = pngs(tmp_path)
+    Image.new("RGB", (9, 9)).save(tmp_path / "000001.png")
+    sampling.main(flags)
+    assert pngs(tmp_path) == before
+
+
+def test_pictures_of_other_weights_are_not_mixed_with_those_there(tmp_path, trained_run, capsys):
+    saved = checkpoint.read(trained_run / "model.pt")
+    torch.save(saved, tmp_path / "same.pt")
+    saved["ema"]["norm_out.bias"] += 1
+    torch.save(saved, tmp_path / "other.pt")
+    flags = ["--n", "1", "--steps", "1", "--out", tmp_path / "out", "--ckpt"]
+    sampling.main([*map(str, flags), str(tmp_path / "same.pt")])
+    (tmp_path / "same.pt").rename(tmp_path / "moved.pt")
+    sampling.main([*map(str, flags), str(tmp_path / "moved.pt")])   # a file is its contents
+    error = one_line(capsys, sampling.main, [*flags, tmp_path / "other.pt"])
+    assert "holds other pictures (--ckpt " in error
+
+
 def test_out_of_memory_in_sampling_is_one_line(tmp_path, trained_run, monkeypatch, capsys):
-    def full(*args, **options):
+    def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore words")
-    monkeypatch.setattr(sampling, "sample", full)
+
+    monkeypatch.setattr(sampling, "sampling_steps", full)
     with pytest.raises(SystemExit) as stop:
-        sampling.main(["--ckpt", str(trained_run / "model.pt"), "--n", "1", "--out", str(tmp_path / "out")])
+        sampling.main(["--ckpt", str(trained_run / "model.pt"), "--n", "1",
+                       "--out", str(tmp_path / "out")])
     assert stop.value.code == 1 and capsys.readouterr().err == \
         "--batch 16: CUDA out of memory. Tried to allocate 9 GiB. A lower --batch takes less.\n"
 
@@ -168,8 +244,9 @@ def test_out_of_memory_in_sampling_is_one_line(tmp_path, trained_run, monkeypatc
 def test_sample_takes_the_newest_run(tmp_path, trained_run, monkeypatch, capsys):
     for age, name in enumerate(["old", "new"]):
         (tmp_path / "runs" / name).mkdir(parents=True)
-        (tmp_path / "runs" / name / "model.pt").write_bytes((trained_run / "model.pt").read_bytes())
-        os.utime(tmp_path / "runs" / name / "model.pt", (age + 1000, age + 1000))
+        file = tmp_path / "runs" / name / "model.pt"
+        file.write_bytes((trained_run / "model.pt").read_bytes())
+        os.utime(file, (age + 1000, age + 1000))
     monkeypatch.chdir(tmp_path)
     sampling.main(["--n", "1", "--steps", "1"])
     assert "runs/new/model.pt" in capsys.readouterr().out

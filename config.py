@@ -1,0 +1,156 @@
+"""What can be set, and what --res and --model choose: the options of train.py.
+
+A field made by `flag` is an option of its own, --name; one made by `option` is set by
+--set NAME=VALUE. Fields that may differ when a run is resumed are marked `may_change`.
+"""
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from cli import fail, flag, option, parse
+from ranks import default_model, has_cuda
+from schedule import SCHEDULES, height_width, mean_side
+from unet import PAPER_TRAINING
+from uvit import PRESETS, halvings_to_16, wavelet_levels
+
+
+@dataclass
+class Config:
+    # Pictures
+    data: str = flag("", "folder or .zip of pictures (default: flowers, drawn by a formula)",
+                       may_change=True)
+    res: str = flag("64", "size in pixels, 64 or 384x640 (height x width)")
+    portrait: bool = flag(False, "turn upright pictures by 90 degrees and tell the network")
+    flip: bool = flag(True, "mirror half of the pictures (default: yes)")
+    text: str = flag("", "learn captions: bytes, or t5:NAME (default: learn classes)")
+    text_length: int = option(128, "tokens of a caption", least=1, most=4096)
+    # Network
+    model: str | None = flag(None, "size of the network (default: tiny; base with CUDA and "
+                               "--res over 64)", choices=tuple(PRESETS))
+    architecture: str = option("uvit", "uvit or unet", choices=("uvit", "unet"))
+    blocks_16: int | None = option(None, "blocks at 16 x 16; default: the model's", least=1,
+                                   most=1000)
+    skips: str = option("block", "one per block, or per level (SiD2)", choices=("block", "level"))
+    patch: str = option("dwt", "first layer: dwt, conv or none", choices=("dwt", "conv", "none"))
+    largest_map: int = option(128, "side of the largest feature map, by the first layer", least=16,
+                              most=4096)
+    dropout: float | None = option(None, "default: the model's", least=0, below=1)
+    dropout_res: int = option(16, "dropout in convolutions on maps of at most this side", least=0)
+    init: str = flag("", "model.pt to start from, also of another --res")
+    # Schedule and loss
+    schedule: str = flag("shifted", "noise schedule", choices=SCHEDULES)
+    noise_d: int = option(32, "the size that the schedule is shifted to", least=1, most=4096)
+    loss: str = flag("eps", "eps or v of the paper, sid2 of its successor",
+                       choices=("eps", "v", "sid2"))
+    bias: float | None = option(None, "b of sid2; default: by --res", least=-20, most=20)
+    multiscale: bool | None = option(None, "multiscale loss, on or off; default: on from 512")
+    drop_label: float = option(.1, "share of pictures without class or caption", least=0, below=1)
+    # Optimiser
+    batch: int | None = flag(None, "pictures a step, over all ranks (default: the model's)",
+                               least=1, most=10**6)
+    accum: int | None = flag(None, "parts that a rank computes its share of a batch in, with the "
+                               "same gradient (default: as few as fit the memory)", least=1,
+                               most=10**6, may_change=True)
+    steps: int | None = flag(None, "optimiser steps of the whole run (default: the model's)",
+                               least=1, most=99_999_999, may_change=True)
+    lr: float | None = flag(None, "learning rate after the warm-up (default: the model's)",
+                              least=1e-30)
+    warmup: int | None = option(None, "steps of linear warm-up; default: the model's", least=1)
+    clip: float = option(1.0, "largest norm of the gradient", least=1e-9)
+    ema: float = option(.9999, "decay of the moving average of weights", least=0, below=1)
+    seed: int = flag(0, "of weights, pictures, noise and dropout", least=0, most=2**63 - 2)
+    # Machine
+    recompute: bool = flag(False, "less memory, slower: compute blocks again for the gradient",
+                             may_change=True)
+    shard: bool = flag(False, "each rank keeps a share of weights, EMA and optimiser (FSDP2)",
+                         may_change=True)
+    compile: bool | None = flag(None, "torch.compile (default: with CUDA)", may_change=True)
+    bf16: bool | None = option(None, "on or off; default: on where the hardware has it",
+                               may_change=True)
+    workers: int | None = option(None, "processes that load pictures; default: up to 8 with CUDA",
+                                 least=0, most=1024, may_change=True)
+    timeout: float = option(30.0, "minutes to wait for a silent rank", least=.05, most=10_000,
+                            may_change=True)
+    # Folder and reports
+    out: str = flag("", "folder of the run (default: runs/DATA-RES-MODEL)", may_change=True)
+    log_every: int = flag(20, "steps between lines of log.jsonl", least=1, may_change=True)
+    sample_every: int = flag(250, "steps between grids of samples; 0: none", least=0,
+                               may_change=True)
+    save_every: int = flag(250, "steps between checkpoints", least=1, may_change=True)
+
+    def network_settings(self, classes):
+        """The settings of the network, for checkpoint.build_network; classes: how many."""
+        shape = PRESETS[self.model]["network"]
+        common = dict(architecture=self.architecture, res=self.res, patch=self.patch,
+                      dropout_res=self.dropout_res, classes=classes, portrait=self.portrait)
+        dropout = shape["dropout"] if self.dropout is None else self.dropout
+        if self.architecture == "unet":
+            return common | dict(
+                channels=shape["widths"][0], head_dim=shape["head_dim"], emb_dim=shape["emb_dim"],
+                dropout=min(.1, dropout) if self.dropout is None else dropout,
+                blocks_16=self.blocks_16 or 12)
+        return common | shape | dict(
+            dropout=dropout, depth=self.blocks_16 or shape["depth"], largest_map=self.largest_map,
+            skips=self.skips, text=self.text, text_length=self.text_length,
+            text_width=shape["emb_dim"] // 2)
+
+
+EXAMPLES = """Train a network by simple diffusion.
+
+  python train.py                                       flowers at 64 x 64, on any machine
+  python train.py --data PATH --res 128 --model mini    your pictures, one GPU
+  torchrun --nproc_per_node=8 train.py --data PATH --res 512
+  python train.py --res 512 --loss v --set noise_d=64   as the paper's list of settings for ImageNet
+
+The same command resumes a run that was stopped or killed.
+"""
+
+
+def parse_config(argv=None):
+    """argv -> Config with all that --res and --model choose. Wrong input: a line, exit code 2."""
+    config = parse(Config, argv, EXAMPLES)
+    config.res = checked_size(config)
+    config.model = config.model or default_model(config.res, has_cuda())
+    folder = Path(config.out).parent
+    if config.out and folder != Path("runs") and not os.path.isdir(folder):     # runs/ is made
+        fail(f"--out {config.out}: the folder it is to be in does not exist; make that first")
+    if config.architecture == "unet" and (config.text or config.skips == "level"):
+        fail("--set architecture=unet: has no " + ("--text" if config.text else "skips=level")
+             + "; architecture=uvit has")
+    if config.bias is not None and config.loss != "sid2":
+        fail(f"--set bias={config.bias}: is for --loss sid2")
+    if config.text and config.text != "bytes" and not config.text.startswith("t5:"):
+        fail(f"--text {config.text}: must be bytes, or t5:NAME")
+    papers_unet = config.architecture == "unet" and config.model == "paper"
+    training = PAPER_TRAINING if papers_unet else PRESETS[config.model]["training"]
+    for name, value in training.items():
+        if getattr(config, name) is None:
+            setattr(config, name, value)
+    if config.multiscale is None:
+        config.multiscale = mean_side(config.res) >= 512 and config.loss != "sid2"
+    name = Path(os.path.abspath(config.data)).stem if config.data else "flowers"
+    config.out = config.out or f"runs/{name}-{config.res}-{config.model}"
+    return config
+
+
+def checked_size(config):
+    """--res as a number, or as "HxW" if that is not square. Exits with the nearest that fits."""
+    if not re.fullmatch(r"0*[1-9]\d{0,3}(x0*[1-9]\d{0,3})?", config.res):
+        fail(f"--res {config.res}: must be pixels, like 64 or 384x640 (height x width)")
+    height, width = height_width(config.res)
+    # The nearest size that fits. It may have other halvings than the one asked for: try again.
+    near, fits, steps = None, [height, width], []
+    while near != fits:
+        near, size = fits, "{}x{}".format(*fits)
+        halvings = halvings_to_16(size, config.largest_map) + (config.architecture == "unet")
+        steps.append(2 ** (wavelet_levels(size, config.largest_map) + halvings))
+        fits = [min(4096 // steps[-1], max(-(-16 // steps[-1]), round(side / steps[-1])))
+                * steps[-1] for side in near]
+    if [height, width] != near:
+        near = f"{near[0]}x{near[1]}" if near[0] != near[1] else near[0]
+        also = f" and, at this size, multiples of {steps[0]}" if steps[0] > 1 else ""
+        fail(f"--res {config.res}: sides must be from 16 to 4096{also}, for example {near}")
+    if config.portrait and height >= width:
+        fail(f"--portrait --res {config.res}: needs a size wider than high, like 384x640")
+    return height if height == width else f"{height}x{width}"
