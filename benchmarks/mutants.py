@@ -277,7 +277,7 @@ TRAINER = [   # what is learned, with which numbers
     ("train.py", "min(1, (step + 1) / config.warmup)", "min(1, (step + 2) / config.warmup)",
      "first_step"),
     ("train.py", "clip_gradient(model, config.clip)", "clip_gradient(model, 1e9)", "first_step"),
-    ("train.py", "torch.manual_seed(config.seed)\n        model", "model", "first_step"),
+    ("train.py", "torch.manual_seed(config.seed)\n        model", "model", "accumulation"),
     ("train.py", "eps=1e-12", "eps=1e-8", "adams_eps"),
     ("train.py", "cond = cond.dropped(u < config.drop_label)",
      "cond = cond.dropped(u > config.drop_label)", "dropped_for"),
