@@ -12,7 +12,7 @@ from cli import fail, flag, option, parse
 from ranks import default_model, has_cuda
 from schedule import SCHEDULES, height_width, mean_side
 from unet import PAPER_TRAINING
-from uvit import PRESETS, halvings_to_16, wavelet_levels
+from uvit import PRESETS, halvings_to_16, patch_levels
 
 
 @dataclass
@@ -144,7 +144,7 @@ def checked_size(config):
     while near != fits:
         near, size = fits, "{}x{}".format(*fits)
         halvings = halvings_to_16(size, config.largest_map) + (config.architecture == "unet")
-        steps.append(2 ** (wavelet_levels(size, config.largest_map) + halvings))
+        steps.append(2 ** (patch_levels(size, config.largest_map) + halvings))
         fits = [min(4096 // steps[-1], max(-(-16 // steps[-1]), round(side / steps[-1])))
                 * steps[-1] for side in near]
     if [height, width] != near:

@@ -29,10 +29,10 @@ def eps_from_v(z, v, alpha, sigma):
 def multiscale_mse(error):
     """Multiscale loss (Section 3.2): sum over s in {32, 64, ..., d} of (1/s) L^{s x s}.
 
-    L^{s x s} = 1/s^2 || D_s[eps - eps_hat] ||^2, where D_s averages down to s x s. Averaging
-    lowers the variance of a white error by (s/d)^2, not that of a smooth one: it now counts more.
-    error: eps - eps_hat, (B, C, H, W) -> scalar, the mean over batch and channels. s is halved from
-    d = sqrt(H W) while it stays at least 32; at 384 x 640 the scales are 496, 248, 124 and 62.
+    L^{s x s} = 1/s^2 || D_s[eps - eps_hat] ||^2, where D_s averages down to s x s. That
+    multiplies the variance of a white error by (s/d)^2; a smooth one stays, and counts more.
+    error: eps - eps_hat, (B, C, H, W) -> scalar, a mean over batch and channels. s is halved from
+    d = sqrt(H W) while it is at least 32; at 384 x 640: 496, 248, 124, 62.
     """
     s = (error.shape[-2] * error.shape[-1]) ** 0.5
     loss = error.square().mean() / s                    # the mean over pixels is the 1/s^2

@@ -57,6 +57,7 @@ def guided(model, z, logsnr, cond, guidance):
         return model(z, logsnr, cond).float()
     assert cond is not None, f"guidance {guidance} needs a condition; 1 is off"
     uncond = cond.dropped(torch.ones(len(z), dtype=torch.bool, device=z.device))
+    # Field by field: (B, ...) twice -> (2B, ...).
     both = Condition(*(p if p is None else torch.cat([p, q]) for p, q in zip(cond, uncond)))
     v_hat = model(torch.cat([z, z]), torch.cat([logsnr, logsnr]), both).float()
     v_cond, v_uncond = v_hat.chunk(2)
@@ -174,8 +175,9 @@ def conditions(options, ckpt, config, classes):
         except ValueError as error:
             fail(f"--ckpt {ckpt}: {error}")
         return [Condition(-1, portrait, tokens(prompt)) for prompt in options.prompt or [""]]
+    numbers = range(len(classes)) if classes else [-1]      # -1: no class
     if not label:
-        return [Condition(i, portrait, []) for i in (range(len(classes)) if classes else [-1])]
+        return [Condition(i, portrait, []) for i in numbers]            # []: it reads no caption
     if label not in classes and not (label.isdecimal() and int(label) < len(classes)):
         fail(f"--label {label}: must be one of 0 to {len(classes) - 1}, or of "
              f"{', '.join(classes)}, the classes of --ckpt {ckpt}")
@@ -184,7 +186,7 @@ def conditions(options, ckpt, config, classes):
 
 def draw_batch(model, schedule, options, conds, numbers, res, device, folder, bar):
     """Draw the pictures with these numbers and write them; with --film, film.png of picture 0."""
-    # Compiled code is for one size of batch: the last batch then draws some pictures too many.
+    # A compiled network takes one size of batch only: the last is filled up, the surplus dropped.
     size = min(options.batch, options.n) if options.compile else len(numbers)
     drawn = range(numbers[0], numbers[0] + size)
     cond = to_device(stacked([conds[i % len(conds)] for i in drawn]), device)
@@ -230,8 +232,7 @@ def draw_all(model, schedule, options, conds, res, ranks, folder):
 
 def main(argv=None):
     options = parse_options(argv)
-    # why: the reason for this file, printed below; empty with --ckpt
-    ckpt, why = (options.ckpt, "") if options.ckpt else newest_model(with_text=bool(options.prompt))
+    ckpt, why_chosen = (options.ckpt, "") if options.ckpt else newest_model(bool(options.prompt))
     try:
         ranks = Ranks()
     except ValueError as error:
@@ -245,8 +246,8 @@ def main(argv=None):
         if trouble:
             fail(f"--compile: {trouble}; the command runs without this option", 1)
         model.compile(mode="reduce-overhead", dynamic=False)
-    if ranks.first and why:
-        print(f"Model: {ckpt}, {why} (--ckpt FILE takes another).", flush=True)
+    if ranks.first and why_chosen:
+        print(f"Model: {ckpt}, {why_chosen} (--ckpt FILE takes another).", flush=True)
     config = saved["config"]
     conds = conditions(options, ckpt, config, saved["classes"])
     schedule = logsnr_schedule(options.schedule or config["schedule"], config["res"],

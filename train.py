@@ -3,11 +3,11 @@
     python train.py                              flowers at 64 x 64, on any machine
     torchrun --nproc_per_node=8 train.py --res 512 --data PATH
 
-`train` is the recipe. The pictures of a run are counted through all epochs, and content, t and
-noise of each depend only on (seed, this number): so the gradient is the same on one GPU or many
-(except dropout masks, which differ from GPU to GPU), and a resumed run is the same as one that
-never stopped. Options are in config.py, processes in ranks.py; a Run (run.py) hands out the batches
-of each step, logs and saves.
+`train` is the recipe. Every training example has a number, which counts on from epoch to epoch.
+Which picture it is, its t and its noise depend only on the seed and this number. So the gradient is
+the same on one GPU or many and in any number of parts, and a resumed run is the same as one that
+never stopped. (Dropout masks alone depend on GPUs and parts.) Options are in config.py, processes
+in ranks.py; a Run (run.py) hands out the batch of each step in parts, logs and saves.
 """
 import copy
 from functools import partial
@@ -39,29 +39,31 @@ def loss_function(config):
                    multiscale=config.multiscale, weight=weight)
 
 
-def ema_decay(step, ema):
-    """Decay of the EMA in a step, step / (9 + step), at most `ema`.
+def ema_decay(step, max_decay):
+    """Decay of the EMA in a step: step / (9 + step), at most max_decay.
 
     Step 0 copies the model. Without this warm-up 61% of an average with 0.9999 would still be the
     random start at step 5,000.
     """
-    return min(ema, step / (9 + step))
+    return min(max_decay, step / (9 + step))
 
 
 @torch.no_grad()
-def update_ema(ema, model, decay):
-    """ema <- decay ema + (1 - decay) model, all tensors in one call; with FSDP, this rank's."""
-    torch._foreach_lerp_(local_shards(ema.parameters()), local_shards(model.parameters()),
-                         1 - decay)
+def update_ema(ema_model, model, decay):
+    """ema <- decay ema + (1 - decay) weights, for all tensors in one call."""
+    # local_shards: all of the weights, or with --shard the part that this GPU holds.
+    ema, weights = local_shards(ema_model.parameters()), local_shards(model.parameters())
+    torch._foreach_lerp_(ema, weights, 1 - decay)
 
 
 def prepare(config, ranks, loss_fn):
-    """Dataset, parts of a batch, settings of the network, model. Wrong input: a line."""
+    """-> dataset, parts (number, why), settings of the network, model. Wrong input: one line."""
     try:
         dataset = load_dataset(config)
         classes = len(dataset.classes)
-        # In how many parts to compute a batch (gradient accumulation): an estimate of what fits.
-        parts = agree_on_parts(config, classes, ranks, loss_fn)
+        # A batch is computed in parts (gradient accumulation): as few as are estimated to fit the
+        # memory on every rank.
+        parts = agree_on_parts(config, classes, ranks, loss_fn)         # (number, why)
         # A resumed run keeps the network it has, also if the preset has changed since.
         settings = settings_of_started_run(config.out) or config.network_settings(classes)
         torch.manual_seed(config.seed)
@@ -80,25 +82,26 @@ def prepare(config, ranks, loss_fn):
 def train(config, ranks):
     loss_fn = loss_function(config)
     dataset, parts, settings, model = prepare(config, ranks, loss_fn)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    ranks.place(model, ema, config)                     # to this rank's GPU; --shard: its part
+    ema_model = copy.deepcopy(model).eval().requires_grad_(False)
+    ranks.place(model, ema_model, config)               # to this rank's GPU; --shard: its part
     # Without weight decay AdamW is Adam.
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.99), eps=1e-12,
                                   weight_decay=0, fused=True)
     # Entering a Run loads the last checkpoint, if there is one, into model, EMA and optimizer.
-    with Run(config, ranks, dataset, settings, model, ema, optimizer, parts) as run:
+    with Run(config, ranks, dataset, settings, model, ema_model, optimizer, parts) as run:
         wrapped = ranks.wrap(model, config)             # compiled, and DDP
-        run.try_memory(wrapped, loss_fn)                # on a GPU: tries the estimate once
+        run.try_memory(wrapped, loss_fn)                # on a GPU: more parts until one fits
 
         for step in run.steps():                        # from the last checkpoint on
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * min(1, (step + 1) / config.warmup)
+            # The masks of dropout: a seed for each step, so that a resumed run repeats them.
             torch.manual_seed(seed_of(DROPOUT, config.seed, step, ranks.rank))
             losses = []
             for numbers, x, cond, is_last in run.parts_of_batch(step):
                 # t, u ~ U(0, 1), eps ~ N(0, 1)
                 t, eps, u = draw_noise(config.seed, numbers, config.res, ranks.device)
-                cond = cond.dropped(u < config.drop_label)          # for guidance
+                cond = cond.dropped(u < config.drop_label)      # a probability; for guidance
                 with ranks.no_sync(wrapped, unless=is_last):
                     with ranks.autocast(config.bf16):
                         loss = loss_fn(wrapped, x, t, eps, cond=cond)
@@ -107,7 +110,7 @@ def train(config, ranks):
             norm = clip_gradient(model, config.clip)
             skipped = step_if_finite(optimizer, norm)
             optimizer.zero_grad(set_to_none=True)
-            update_ema(ema, model, ema_decay(step, config.ema))
+            update_ema(ema_model, model, ema_decay(step, config.ema))
             run.after_step(losses, norm, skipped)       # progress, log, checkpoint, grid
 
 

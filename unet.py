@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from schedule import height_width, mean_side
 from uvit import (AttentionBlock, Condition, Embedding, ResBlock, Upsample, group_norm,
-                  input_output_layers, wavelet_levels)
+                  input_output_layers, patch_levels)
 from wavelet import dwt, idwt
 
 # The paper's table: multiples of the first width, and ResBlocks, one of each per level. The rows
@@ -44,7 +44,7 @@ class UNet(nn.Module):
         super().__init__()
         d = mean_side(res)
         multiples, blocks = UNETS[128 if d <= 128 else 256 if d <= 256 else 512]
-        levels = wavelet_levels(res) if len(blocks) == 5 and patch != "none" else 0
+        levels = patch_levels(res) if len(blocks) == 5 and patch != "none" else 0
         depth = 2 + max(0, math.ceil(math.log2(d / 2**levels / 16)))            # down to 8 x 8
         multiples = (multiples[:1] * depth + multiples)[-depth:]
         blocks = (blocks[:1] * depth + blocks)[-depth:-2] + (blocks_16, blocks[-1])

@@ -44,10 +44,10 @@ PRESETS = {     # widths at 128, 64, 32, 16; ResBlocks at 128, 64, 32; transform
 
 
 class Condition(NamedTuple):
-    """What the network is told besides z_t and logsnr. A field may be None: not told."""
-    label: torch.Tensor | None = None       # (B,) class from 0; -1: no class
-    portrait: torch.Tensor | None = None    # (B,) 1: a portrait, rotated to landscape; None: 0
-    tokens: torch.Tensor | None = None      # (B, L) caption, filled up with 0; all 0: no caption
+    """What the network is told besides z_t and logsnr. A field left None has its default."""
+    label: torch.Tensor | None = None       # (B,) class from 0; default -1: no class
+    portrait: torch.Tensor | None = None    # (B,) 1: a portrait, rotated to landscape; default 0
+    tokens: torch.Tensor | None = None      # (B, L) caption, padded with 0; default all 0: none
 
     def dropped(self, drop):
         """Without class and caption where drop (B,) is true, as guidance needs it (Appendix A).
@@ -59,14 +59,14 @@ class Condition(NamedTuple):
         return Condition(label, self.portrait, tokens)
 
 
-def wavelet_levels(res, largest_map=128):
-    """Levels of wavelet that bring the largest map to 128 x 128 or less (Section 3.3)."""
+def patch_levels(res, largest_map=128):
+    """How often the first layer halves the picture: to 128 x 128 at most (Section 3.3)."""
     return max(0, math.ceil(math.log2(mean_side(res) / largest_map)))
 
 
 def halvings_to_16(res, largest_map=128):
     """How often the U-Net halves its largest map to arrive at 16 x 16, or just below."""
-    levels = wavelet_levels(res, largest_map)
+    levels = patch_levels(res, largest_map)
     return max(0, math.ceil(math.log2(mean_side(res) / 2**levels / 16)))
 
 
@@ -166,7 +166,7 @@ class Embedding(nn.Module):
             rotated = torch.zeros_like(logsnr).long() if cond.portrait is None else cond.portrait
             h = h + self.portrait(rotated)
         if self.text is not None:
-            text, mask = encoded            # of an empty caption, too, one position is unmasked
+            text, mask = encoded            # one position at least is unmasked: no division by 0
             h = h + self.text((text * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
         return F.silu(h)
 
@@ -216,10 +216,10 @@ class UViT(nn.Module):
     res: 512 or "384x640"; its sides must be multiples of 2^(levels + halvings), see below;
     widths, blocks, depth, head_dim, emb_dim, dropout, position_init: see PRESETS;
     patch: "dwt", "conv" (strided and transposed convolution) or "none" (full-size maps);
-    largest_map: side of the largest feature map;  dropout_res: side of the largest map whose
-    ResBlocks have dropout; with 16 only the transformer has, as in the paper;
+    largest_map: side of the largest feature map;  dropout_res: ResBlocks on maps of this side or
+    smaller have dropout; 16 leaves it to the transformer alone, as in the paper;
     classes: 0 for none;  portrait: whether it is told Condition.portrait;
-    text: None, or a caption encoder of text.py: (tokens or None, B) -> text (B, L, T), mask (B, L).
+    text: None, or an encoder: (tokens or None, B) -> text (B, L, T), mask (B, L); a T5 is frozen.
     """
 
     skip_per_block = True           # a variant in sid2.py has one per stage
@@ -232,15 +232,15 @@ class UViT(nn.Module):
         self.text = text
         text_width = text.width if text else 0
         halvings = halvings_to_16(res, largest_map)                 # by pooling
-        levels = wavelet_levels(res, largest_map)                   # halvings by the first layer
+        levels = patch_levels(res, largest_map)                     # by the first layer
         if patch == "none":
             halvings, levels = halvings + levels, 0
         self.wavelet_levels = levels if patch == "dwt" else 0
-        height, width = height_width(res)
+        H, W = height_width(res)
         step = 2 ** (levels + halvings)
-        assert height % step == width % step == 0, f"{step} must divide the sides of {res}"
+        assert H % step == W % step == 0, f"{step} must divide the sides of {res}"
         widths, blocks = stages(widths, blocks, halvings)
-        # No fewer channels than bands (12, 48), or detail is lost; the paper's 128 are enough.
+        # Fewer channels than the wavelet makes (12, 48, ...) lose detail; the paper's 128 do.
         widths[0] = max(widths[0], min(128, 3 * 4**levels))
         self.project_in, self.project_out = input_output_layers(patch, levels, widths[0])
         self.embedding = Embedding(emb_dim, classes, portrait, text_width)
@@ -254,14 +254,14 @@ class UViT(nn.Module):
             self.pool.append(nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(C, below, 1)))
             self.upsample.insert(0, nn.Sequential(nn.Conv2d(below, C, 1), Upsample()))
             self.up.insert(0, nn.ModuleList(up))
-        C, H, W = widths[-1], height // step, width // step
+        C, H, W = widths[-1], H // step, W // step
         assert position_init in ("gauss", "sines"), f"no position_init {position_init!r}"
         # The paper's are Gaussian. From sines a short run learns the layout of pictures sooner.
         self.position = nn.Parameter(0.01 * torch.randn(1, C, H, W) if position_init == "gauss"
                                      else sine_positions(C, H, W) / 2)
         self.transformer = nn.ModuleList(nn.ModuleList([
             MLPBlock(C, emb_dim, dropout), AttentionBlock(C, head_dim),
-            text.cross_attention(C, head_dim, text_width) if text else None])   # kept as None
+            text.cross_attention(C, head_dim, text_width) if text else None])   # a list may hold it
             for _ in range(depth))
         self.norm_out = group_norm(widths[0])
 
@@ -269,7 +269,7 @@ class UViT(nn.Module):
         cond = cond or Condition()
         encoded = self.text(cond.tokens, len(z)) if self.text else None     # (B, L, T), (B, L)
         emb = self.embedding(logsnr, cond, encoded)             # (B, emb_dim)
-        h = self.project_in(dwt(z, self.wavelet_levels))        # (B, widths[0], 128, 128)
+        h = self.project_in(dwt(z, self.wavelet_levels))        # (B, widths[0], 128, 128) from 512
         h, skips = self.go_down(h, emb)                         # (B, widths[-1], 16, 16)
         h = self.transform(h + self.position, emb, encoded)     # (B, widths[-1], 16, 16)
         h = self.go_up(h, emb, skips)                           # (B, widths[0], 128, 128)

@@ -29,7 +29,7 @@ def preceding(d, dim):
 
 def lift(x, dim):
     """One level along dim (-1 or -2), of even length: (..., N, ...) -> s, d: (..., N / 2, ...)."""
-    even, odd = x.unflatten(dim, (-1, 2)).unbind(dim)      # dim < 0: it now names the axis of pairs
+    even, odd = x.unflatten(dim, (-1, 2)).unbind(dim)      # dim counts from the end: axis of pairs
     d = odd - (even + following(even, dim)) / 2
     s = even + (preceding(d, dim) + d) / 4
     return s, d
@@ -39,7 +39,7 @@ def unlift(s, d, dim):
     """Inverse of `lift`, dim -1 or -2: s, d: (..., N / 2, ...) -> (..., N, ...)."""
     even = s - (preceding(d, dim) + d) / 4
     odd = d + (even + following(even, dim)) / 2
-    return torch.stack([even, odd], dim).flatten(dim - 1, dim)      # pairs, merged again
+    return torch.stack([even, odd], dim).flatten(dim - 1, dim)     # (..., N / 2, 2, ...) on the way
 
 
 def dwt(x, levels):

@@ -222,7 +222,7 @@ def fit(finding, res, name, seed, args, steps, out):
             "--accum", "1", "--model", args.model, "--batch", str(args.batch), "--lr", str(args.lr),
             "--steps", str(steps), "--seed", str(seed), "--out", str(out), "--sample-every", "0"]
     config = train.parse_config(argv)
-    widen(3 * 4**uvit.wavelet_levels(config.res, config.largest_map))
+    widen(3 * 4**uvit.patch_levels(config.res, config.largest_map))
     train.main(argv)
     return few
 
