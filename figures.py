@@ -1,9 +1,9 @@
-"""The figures of the README, drawn into assets/.
+"""The figures of the README, and the curves of a run.
 
-    python figures.py                            all that need no trained network
+    python figures.py                            all figures, into assets/
     python figures.py schedule                   the paper's Figures 3 and 5
     python figures.py wavelet                    the paper's Figure 7
-    python figures.py curves runs/NAME           loss by noise level over the steps of a run
+    python figures.py curves runs/NAME           runs/NAME/curves.png: losses by noise level
     python figures.py sizes 256                  what each model needs of a GPU (a table, printed)
 """
 import dataclasses
@@ -37,9 +37,10 @@ def plot(curves, size, x_range, y_range, title, ticks=lambda y: f"{y:g}"):
     sheet = Image.new("RGB", (w, h), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13 * scale)
     (left, right), (low, high) = x_range, y_range
+    legend = w - 40 - max(font.getlength(name) for name in curves)      # to the right of the box
 
     def at(x, y):
-        return (margin + (x - left) / (right - left) * (w - margin - 60),
+        return (margin + (x - left) / (right - left) * (legend - margin - 60),
                 h - margin - (y - low) / (high - low) * (h - 2 * margin))
 
     draw.rectangle([at(left, high), at(right, low)], outline="#bbbbbb", width=scale)
@@ -49,19 +50,18 @@ def plot(curves, size, x_range, y_range, title, ticks=lambda y: f"{y:g}"):
         draw.text((margin - 12, at(left, y)[1]), ticks(y), fill="black", font=font, anchor="rm")
     for x in (left, (left + right) / 2, right):
         draw.text((at(x, low)[0], h - margin + 14), f"{x:g}", fill="black", font=font, anchor="mt")
-    draw.text((w / 2, 30), title, fill="black", font=font, anchor="mt")
+    draw.text(((margin + legend - 60) / 2, 30), title, fill="black", font=font, anchor="mt")
     for i, (name, (x, y, colour)) in enumerate(curves.items()):
         y = torch.as_tensor(y).clamp(low, high).tolist()
         points = [at(a, b) for a, b in zip(torch.as_tensor(x).tolist(), y) if math.isfinite(b)]
         draw.line(points, fill=colour, width=2 * scale, joint="curve")
-        place = margin + 30, h - margin - 30 - 60 * (len(curves) - 1 - i)
-        draw.text(place, name, colour, font, "ls", stroke_width=8, stroke_fill="white")
+        draw.text((legend, margin + 60 * (i + .5)), name, colour, font, "lm")
     return sheet.resize(size, Image.Resampling.LANCZOS)
 
 
-def save(sheet, name):
-    sheet.save(ASSETS / name, lossless=True, method=6)
-    print(f"assets/{name}")
+def save(sheet, file):
+    sheet.save(file, lossless=True, method=6)           # PNG ignores both
+    print(file)
 
 
 def to_pixels(x):
@@ -92,11 +92,11 @@ def figure_3():
         alpha, sigma = alpha_sigma(logsnr_schedule(name, 512, 64)(t))
         curves[f"alpha, {name}"] = t, alpha.flatten(), dark
         curves[f"sigma, {name}"] = t, sigma.flatten(), light
-    beside = plot(curves, (360, strip.height), (0, 1), (0, 1), "alpha and sigma over t, 512 x 512")
+    beside = plot(curves, (460, strip.height), (0, 1), (0, 1), "alpha and sigma over t, 512 x 512")
     sheet = Image.new("RGB", (strip.width + 12 + beside.width, strip.height), "white")
     sheet.paste(strip, (0, 0))
     sheet.paste(beside, (strip.width + 12, 0))
-    save(sheet, "figure3.webp")
+    save(sheet, ASSETS / "figure3.webp")
 
 
 def figure_5():
@@ -106,7 +106,7 @@ def figure_5():
                "shifted to 256": (t, logsnr_shifted(t, 512, 256), COLOURS[0]),
                "shifted to 32": (t, logsnr_shifted(t, 512, 32), COLOURS[1]),
                "interpolated 32 to 256": (t, logsnr_interpolated(t, 512), COLOURS[2])},
-              (480, 360), (0, 1), (-25, 25), "logsnr over t, 512 x 512"), "figure5.webp")
+              (600, 360), (0, 1), (-25, 25), "logsnr over t, 512 x 512"), ASSETS / "figure5.webp")
 
 
 def figure_7():
@@ -133,7 +133,7 @@ def figure_7():
     sheet = Image.new("RGB", (256 + 24 + 256 + 24 + 268, 268), "white")
     for left, part in ((0, to_pixels(x[0])), (280, bands), (560, channels)):
         sheet.paste(Image.fromarray(part), (left, 6 if part.shape[0] == 256 else 0))
-    save(sheet, "figure7.webp")
+    save(sheet, ASSETS / "figure7.webp")
 
 
 def curves(folder):
@@ -154,8 +154,9 @@ def curves(folder):
     levels = losses.shape[1]
     named = {f"t = {(level + .5) / levels:.2f}": (steps, losses[:, level], COLOURS[level])
              for level in range(levels)}
-    save(plot(named, (640, 400), (0, steps[-1].item()), (low, high),
-              "loss by noise level over steps", ticks=lambda y: f"{10**y:.2g}"), "curves.webp")
+    sheet = plot(named, (720, 400), (0, steps[-1].item()), (low, high),
+                 "loss by noise level over steps", ticks=lambda y: f"{10**y:.2g}")
+    save(sheet, Path(folder, "curves.png"))
 
 
 def sizes(res):
