@@ -145,7 +145,7 @@ CONDITIONING = "embedding.label.", "embedding.portrait.", "embedding.text.", "te
 
 
 @torch.no_grad()
-def start_from(trained, model, same_classes):
+def copy_weights(source, target, same_classes):
     """Copy the weights of a trained network into a new one of the same trunk (--init).
 
     Not in the paper. Equal shapes are copied, but for the embedding of other classes. The first and
@@ -153,7 +153,7 @@ def start_from(trained, model, same_classes):
     Positions are interpolated. Conditioning that is new or of another size starts anew. Raises
     ValueError, which names the weights, on any other difference.
     """
-    old, new = trained.state_dict(), model.state_dict()         # new shares the model's memory
+    old, new = source.state_dict(), target.state_dict()         # new shares the memory of target
     for name in sorted(old.keys() | new.keys()):
         a, b = old.get(name), new.get(name)
         shapes = [list(weights.shape) if weights is not None else None for weights in (a, b)]
@@ -308,7 +308,7 @@ class SampleFolder:
 
     def start_or_continue(self):
         """Lock the folder, made if need be, and meet the other ranks. Raises ValueError."""
-        trouble = self.open_here() if self.ranks.first else None
+        trouble = self.open_here() if self.ranks.is_first else None
         if self.ranks.distributed:
             self.ranks.join(timeout=7 * 24 * 60)    # minutes: one may have much left to draw
         trouble = self.ranks.from_first(trouble)

@@ -19,8 +19,11 @@ from functools import partial
 
 
 def fail(message, code=2, every_rank=False):
-    """End with one line and no traceback. Code 2: wrong input; 1: anything else, as a full disk."""
-    if every_rank or os.environ.get("LOCAL_RANK", "0") == "0":      # once a node
+    """End with one line and no traceback. Code 2: wrong input; 1: anything else, as a full disk.
+
+    every_rank: print it on each rank, since it may concern this one alone; else once a node.
+    """
+    if every_rank or os.environ.get("LOCAL_RANK", "0") == "0":
         print(" ".join(str(message).splitlines()), file=sys.stderr, flush=True)
     raise SystemExit(code)
 

@@ -101,7 +101,7 @@ EXAMPLES = """Train a network by simple diffusion.
   python train.py                                       flowers at 64 x 64, on any machine
   python train.py --data PATH --res 128 --model mini    your pictures, one GPU
   torchrun --nproc_per_node=8 train.py --data PATH --res 512
-  python train.py --res 512 --loss v --set noise_d=64   as the paper's list of settings for ImageNet
+  python train.py --res 128 --model mini --loss v       the loss of the paper's list of settings
 
 The same command resumes a run that was stopped or killed.
 """

@@ -29,8 +29,8 @@ def eps_from_v(z, v, alpha, sigma):
 def multiscale_mse(error):
     """Multiscale loss (Section 3.2): sum over s in {32, 64, ..., d} of (1/s) L^{s x s}.
 
-    L^{s x s} = 1/s^2 || D_s[eps - eps_hat] ||^2, where D_s averages down to s x s. That
-    multiplies the variance of a white error by (s/d)^2; a smooth one stays, and counts more.
+    L^{s x s} = 1/s^2 || D_s[eps - eps_hat] ||^2, where D_s averages down to s x s:
+    this multiplies the variance of a white error by (s/d)^2 and leaves a smooth error as it is.
     error: eps - eps_hat, (B, C, H, W) -> scalar, a mean over batch and channels. s is halved from
     d = sqrt(H W) while it is at least 32; at 384 x 640: 496, 248, 124, 62.
     """
@@ -49,7 +49,7 @@ def diffusion_loss(model, x, t, eps, schedule, cond=None, kind="eps", multiscale
     model: (z, logsnr, cond) -> v_hat;  x, eps: (B, C, H, W), x in [-1, 1], eps unit noise;
     t: (B,) in [0, 1];  schedule: t -> logsnr (B,);  cond: handed to the model;
     kind: "eps", the error of eps_hat, as in the paper's text, or "v", that of v_hat, as in its list
-    of settings for ImageNet (the former is alpha^2 times the latter);
+    of settings for ImageNet; eps - eps_hat = alpha (v - v_hat);
     multiscale: the sum over scales in place of the plain mean;
     weight: t -> w(t), (B, 1, 1, 1); None means w = 1, as in the paper. Returns a scalar.
     """

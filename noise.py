@@ -1,13 +1,15 @@
-"""Random numbers: what belongs to a picture is a function of (seed, number of the picture) alone.
+"""Random numbers: what belongs to a picture is a function of (seed, number of the picture).
 
-So any number of ranks, parts of a batch and restarts give each picture the same noise.
+So any number of ranks, parts of a batch and restarts give each picture the same noise, on the same
+kind of device. (A generator of the CPU has 2^32 states to start from, so that of many million
+pictures some share their noise, which does no harm.)
 """
 import numpy as np
 import torch
 
 from schedule import height_width
 
-TRAINING, SAMPLING, DROPOUT = 1, 2, 3       # streams, the first number of a key: none is shared
+TRAINING, SAMPLING, DROPOUT = 1, 2, 3       # streams, the first number of a key
 
 
 def seed_of(stream, *key):

@@ -72,7 +72,7 @@ class Ranks:
 
     def __init__(self):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.first, self.distributed = self.rank == 0, "RANK" in os.environ
+        self.is_first, self.distributed = self.rank == 0, "RANK" in os.environ
         self.device, self.has_bf16 = pick_device()
         self.control = self.probe = None
         self.hosts = [socket.gethostname()]
@@ -139,7 +139,7 @@ class Ranks:
 
     def gather_to_first(self, value):
         """[the value of each rank] on the first rank, None on the others."""
-        values = [value] * self.world if self.first else None
+        values = [value] * self.world if self.is_first else None
         if self.control:
             dist.gather_object(value, values, group=self.control)
         return values
@@ -209,11 +209,11 @@ def clip_gradient(model, most):
 def step_if_finite(optimizer, norm):
     """Adam's step, unless the gradient's norm is not finite -> 1.0 if it was skipped, else 0.0.
 
-    All ranks have the same gradient, so all skip together; inside AdamW, without waiting for a GPU.
+    All ranks have the same gradient, so all skip together; inside Adam, without waiting for a GPU.
     """
     skipped = (~norm.isfinite()).float()
     optimizer.found_inf = skipped
-    if norm.device.type != "mps" or not skipped:        # AdamW on MPS ignores found_inf
+    if norm.device.type != "mps" or not skipped:        # Adam on MPS ignores found_inf
         optimizer.step()
     return skipped
 

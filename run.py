@@ -74,14 +74,14 @@ def launch(train, config, ranks):
             ranks.join(config.timeout)
         except RuntimeError as error:
             fail(f"rank {ranks.rank} on {ranks.hosts[0]}: the other ranks did not come: "
-                 f"{str(error).splitlines()[0]}", 1, every_rank=True)
+                 f"{str(error).splitlines()[0]}", code=1, every_rank=True)
         train(config, ranks)
         ranks.wait_and_leave()
     except RuntimeError as error:
         if out_of_memory(error):
             fail(f"out of memory ({str(error).splitlines()[0]}): a larger --accum, more parts than "
                  "the start says, takes less; the same command with it goes on from the last "
-                 f"checkpoint in {config.out}", 1, every_rank=True)
+                 f"checkpoint in {config.out}", code=1, every_rank=True)
         if "gloo" not in str(error) and not isinstance(error, dist.DistError):
             raise
         lost = ranks.unreachable(.1 * 60 * config.timeout)
@@ -100,7 +100,7 @@ def compile_or_not(wanted, device):
         return False
     trouble = compiler_trouble(device)
     if trouble and wanted:
-        fail(f"--compile on: {trouble}; --compile off does without", 1)
+        fail(f"--compile on: {trouble}; --compile off does without", code=1)
     if trouble and os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"Training is not compiled, which is slower: {trouble}.", flush=True)
     return not trouble
@@ -157,7 +157,7 @@ class Run:
             resumed_parts = self.restore(newest) if newest else 0
             if resumed_parts and not config.accum:
                 self.num_parts, self.why = resumed_parts, "as it began"
-            if self.ranks.first:
+            if self.ranks.is_first:
                 self.remove_leftovers()
             self.missed_report = self.report_due() and f"grid-{self.done:07d}.png" not in reports
             self.exits = self.exits.pop_all()
@@ -174,7 +174,7 @@ class Run:
         It belongs to rank 0 of one command at a time. Exits with one line if it cannot be used.
         """
         newest, reports, trouble = None, [], None
-        if self.ranks.first:
+        if self.ranks.is_first:
             try:
                 newest, reports = self.open_folder_here()
             except BlockingIOError:
@@ -296,7 +296,7 @@ class Run:
                 return loss_fn(*args, **options)
 
         while True:
-            if self.ranks.first:
+            if self.ranks.is_first:
                 first = "compiling, a minute or two, then " if config.compile else ""
                 print(f"{first}trying {self.share // self.num_parts} pictures at a time ..."
                       .capitalize(), flush=True)
@@ -313,7 +313,7 @@ class Run:
 
     def steps(self):
         """Steps from where the run stands. It ends early on all ranks if one is told to stop."""
-        config, first = self.config, self.ranks.first
+        config, first = self.config, self.ranks.is_first
         if self.done >= config.steps and not self.missed_report:
             if first:
                 print(f"{self.out} is at step {self.done} of {config.steps}: done. More: --steps "
@@ -412,7 +412,7 @@ class Run:
             self.bar.close()
             fail(f"step {self.done}: the last {NOT_FINITE_AT_MOST} gradients were not finite; the "
                  f"last good checkpoint is {self.last_good()}; a new --out with a lower --lr may "
-                 "do", 1)
+                 "do", code=1)
         last = self.done == config.steps or self.stopped or unreadable
         if self.done % config.log_every == 0 or self.done == 1 or last:
             self.write_log(norm)
@@ -425,15 +425,15 @@ class Run:
             self.report()
 
     def say_how_it_ended(self):
-        if self.ranks.first and self.broken:
+        if self.ranks.is_first and self.broken:
             print(f"{len(self.broken)} of {len(self.dataset.names)} pictures could not be read and "
                   f"were skipped: {self.out}/broken.txt")
         if not self.saved:
             fail(f"step {self.done}: not saved; the last good checkpoint is {self.last_good()}, "
-                 "and the same command goes on from there", 1)
-        if self.ranks.first and self.done < self.config.steps:
+                 "and the same command goes on from there", code=1)
+        if self.ranks.is_first and self.done < self.config.steps:
             print(f"stopped and saved at step {self.done}: the same command goes on")
-        elif self.ranks.first:
+        elif self.ranks.is_first:
             grid_is = f"{self.out}/grid.png" if (self.out / "grid.png").exists() else "no grid yet"
             print(f"done: {grid_is}, {self.out}/model.pt. "
                   f"Pictures: python sample.py --ckpt {self.out}/model.pt")
@@ -483,7 +483,7 @@ class Run:
         line = dict(step=self.done, loss=loss, norm=norm.item(),
                     lr=self.optimizer.param_groups[0]["lr"], skipped=int(self.skipped),
                     images_per_second=speed, seconds=self.seconds)
-        if self.ranks.first:
+        if self.ranks.is_first:
             self.bar.set_postfix(loss=f"{loss:.3g}", images_s=speed)
             self.attempt(self.name_broken)
             self.attempt(lambda: append(self.log, json.dumps({      # JSON knows no NaN
@@ -493,13 +493,14 @@ class Run:
 
     def save(self):
         """model.pt and a checkpoint; of older checkpoints one stays."""
-        ranks, first = self.ranks, self.ranks.first
+        ranks, first = self.ranks, self.ranks.is_first
         moments = [part for state in self.optimizer.state.values() for part in state.values()]
         sound = all_finite([*self.model.parameters(), *self.ema.parameters(), *moments])
         if ranks.any(not sound)[0]:
             self.bar.close()
             fail(f"step {self.done}: weights are no longer finite, nothing was saved; the last "
-                 f"good checkpoint is {self.last_good()}; a new --out with a lower --lr may do", 1)
+                 f"good checkpoint is {self.last_good()}; a new --out with a lower --lr may do",
+                 code=1)
         content = dict(format=FORMAT, config=vars(self.config), network=self.settings,
                        classes=self.dataset.classes, step=self.done,
                        ema=gather_full(self.ema.state_dict(), first))
@@ -532,7 +533,7 @@ class Run:
         with self.ranks.autocast(self.config.bf16):
             losses = self.losses_by_noise_level()
             drawn = self.ranks.gather_to_first(self.draw_samples())
-        if not self.ranks.first or any(part is None for part in drawn):
+        if not self.ranks.is_first or any(part is None for part in drawn):
             return
         world, (columns, count) = self.ranks.world, self.grid_shape()
         sheet = grid([drawn[i % world][i // world] for i in range(count)], columns)
@@ -576,7 +577,8 @@ class Run:
         noise = picture_noise(self.config.seed, mine, self.config.res, ranks.device)
         steps = sampling_steps(self.ema, self.schedule, noise, REPORT_STEPS,
                                to_device(cond, ranks.device))
-        for _, x_hat in tqdm(steps, "sampling", REPORT_STEPS, leave=False, disable=not ranks.first):
+        bar = dict(leave=False, disable=not ranks.is_first)
+        for _, x_hat in tqdm(steps, "sampling", REPORT_STEPS, **bar):
             if ranks.any(self.signals.received)[0]:
                 return None
         return to_uint8(x_hat)

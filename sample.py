@@ -57,8 +57,8 @@ def guided(model, z, logsnr, cond, guidance):
         return model(z, logsnr, cond).float()
     assert cond is not None, f"guidance {guidance} needs a condition; 1 is off"
     uncond = cond.dropped(torch.ones(len(z), dtype=torch.bool, device=z.device))
-    # Field by field: (B, ...) twice -> (2B, ...).
-    both = Condition(*(p if p is None else torch.cat([p, q]) for p, q in zip(cond, uncond)))
+    # (B, ...) and (B, ...) -> (2B, ...), field by field.
+    both = Condition(*(None if a is None else torch.cat([a, b]) for a, b in zip(cond, uncond)))
     v_hat = model(torch.cat([z, z]), torch.cat([logsnr, logsnr]), both).float()
     v_cond, v_uncond = v_hat.chunk(2)
     return guidance * v_cond + (1 - guidance) * v_uncond
@@ -74,7 +74,7 @@ def sampling_steps(model, schedule, new_noise, steps, cond=None, sampler="ancest
     which there is no guidance (SiD2).
     """
     z = new_noise()
-    logsnrs = schedule(torch.linspace(1, 0, steps + 1))     # on the CPU: to be compared below
+    logsnrs = schedule(torch.linspace(1, 0, steps + 1))     # on the CPU: `inside` waits for no GPU
     for i in range(steps):
         logsnr_t = logsnrs[i].to(z.device).expand(len(z))
         logsnr_s = logsnrs[i + 1].to(z.device).expand(len(z))
@@ -177,7 +177,7 @@ def conditions(options, ckpt, config, classes):
         return [Condition(-1, portrait, tokens(prompt)) for prompt in options.prompt or [""]]
     numbers = range(len(classes)) if classes else [-1]      # -1: no class
     if not label:
-        return [Condition(i, portrait, []) for i in numbers]            # []: it reads no caption
+        return [Condition(i, portrait, []) for i in numbers]            # []: no caption
     if label not in classes and not (label.isdecimal() and int(label) < len(classes)):
         fail(f"--label {label}: must be one of 0 to {len(classes) - 1}, or of "
              f"{', '.join(classes)}, the classes of --ckpt {ckpt}")
@@ -186,7 +186,7 @@ def conditions(options, ckpt, config, classes):
 
 def draw_batch(model, schedule, options, conds, numbers, res, device, folder, bar):
     """Draw the pictures with these numbers and write them; with --film, film.png of picture 0."""
-    # A compiled network takes one size of batch only: the last is filled up, the surplus dropped.
+    # Compiled, all batches must be equally large: the last draws a few more, which are not written.
     size = min(options.batch, options.n) if options.compile else len(numbers)
     drawn = range(numbers[0], numbers[0] + size)
     cond = to_device(stacked([conds[i % len(conds)] for i in drawn]), device)
@@ -206,7 +206,7 @@ def draw_batch(model, schedule, options, conds, numbers, res, device, folder, ba
 
     if frames:
         zs, x_hats = zip(*frames)
-        tiles = pixels(torch.cat(zs + x_hats))              # z_t above, x_hat below
+        tiles = pixels(torch.cat([*zs, *x_hats]))           # z_t above, x_hat below
         folder.save("film.png", grid(list(tiles), len(frames)))
     for i, picture in zip(numbers, pixels(x_hat[:len(numbers)])):
         folder.save(f"{i:06d}.png", Image.fromarray(picture))
@@ -219,9 +219,9 @@ def draw_all(model, schedule, options, conds, res, ranks, folder):
         if not folder.has(numbers):                 # skip what a stopped command has drawn
             with ranks.autocast(ranks.has_bf16):
                 draw_batch(model, schedule, options, conds, numbers, res, ranks.device, folder,
-                           bar=ranks.first)
-    ranks.wait_and_leave()
-    if ranks.first:
+                           bar=ranks.is_first)
+    ranks.wait_and_leave()                          # all are drawn: only the first has more to do
+    if ranks.is_first:
         # A column per class or caption, if there are 2 to 12; else a square. At most ten rows.
         square = max(1, round(min(options.n, 100) ** .5))
         columns = len(conds) if 1 < len(conds) <= 12 else square
@@ -244,9 +244,9 @@ def main(argv=None):
     if options.compile:
         trouble = compiler_trouble(ranks.device)
         if trouble:
-            fail(f"--compile: {trouble}; the command runs without this option", 1)
+            fail(f"--compile: {trouble}; the command runs without this option", code=1)
         model.compile(mode="reduce-overhead", dynamic=False)
-    if ranks.first and why_chosen:
+    if ranks.is_first and why_chosen:
         print(f"Model: {ckpt}, {why_chosen} (--ckpt FILE takes another).", flush=True)
     config = saved["config"]
     conds = conditions(options, ckpt, config, saved["classes"])
@@ -261,18 +261,18 @@ def main(argv=None):
         draw_all(model, schedule, options, conds, config["res"], ranks, folder)
     except torch.OutOfMemoryError as error:
         fail(f"--batch {options.batch}: {str(error).splitlines()[0]} A lower --batch takes less.",
-             1, every_rank=True)
+             code=1, every_rank=True)
     except OSError as error:
         fail(f"--out {folder.out}: {error}; finished files are complete, and the same command "
-             "continues", 1, every_rank=True)
-    if ranks.first:
+             "continues", code=1, every_rank=True)
+    if ranks.is_first:
         print(f"{options.n} pictures from {ckpt} (step {saved['step']}) in {folder.out}/: "
               "grid.png, 000000.png ..., samples.npz")
 
 
 if __name__ == "__main__":
     sys.stdout, sys.stderr = IgnoreBrokenPipe(sys.stdout), IgnoreBrokenPipe(sys.stderr)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)       # as Ctrl-C
     try:
         main()
     except KeyboardInterrupt:

@@ -24,7 +24,7 @@ def height_width(res):
 
 
 def mean_side(res):
-    """d, the geometric mean of height and width: 64 -> 64, "384x640" -> 495.7."""
+    """d; in the paper pictures are square, ours: sqrt(height width). "384x640" -> 495.7."""
     height, width = height_width(res)
     return math.sqrt(height * width)
 

@@ -5,16 +5,16 @@
 
 `train` is the recipe. Every training example has a number, which counts on from epoch to epoch.
 Which picture it is, its t and its noise depend only on the seed and this number. So the gradient is
-the same on one GPU or many and in any number of parts, and a resumed run is the same as one that
-never stopped. (Dropout masks alone depend on GPUs and parts.) Options are in config.py, processes
-in ranks.py; a Run (run.py) hands out the batch of each step in parts, logs and saves.
+the same, up to rounding and dropout masks, on one GPU or many and however many parts a batch is
+computed in (gradient accumulation), and a resumed run is the same as one that never stopped.
+Options are in config.py, processes in ranks.py; a Run (run.py) hands out batches, logs and saves.
 """
 import copy
 from functools import partial
 
 import torch
 
-from checkpoint import build_network, load_model, start_from
+from checkpoint import build_network, copy_weights, load_model
 from cli import fail
 from config import parse_config
 from data import load_dataset
@@ -40,10 +40,10 @@ def loss_function(config):
 
 
 def ema_decay(step, max_decay):
-    """Decay of the EMA in a step: step / (9 + step), at most max_decay.
+    """Decay of the EMA in a step: step / (9 + step), at most max_decay. The warm-up is ours.
 
-    Step 0 copies the model. Without this warm-up 61% of an average with 0.9999 would still be the
-    random start at step 5,000.
+    Step 0 copies the model. Without a warm-up 61% of an average with 0.9999 would still be the
+    random start at step 5,000. Any small number in place of 9 would do.
     """
     return min(max_decay, step / (9 + step))
 
@@ -51,19 +51,21 @@ def ema_decay(step, max_decay):
 @torch.no_grad()
 def update_ema(ema_model, model, decay):
     """ema <- decay ema + (1 - decay) weights, for all tensors in one call."""
-    # local_shards: all of the weights, or with --shard the part that this GPU holds.
+    # local_shards: all of the weights, or with --shard (FSDP) those that this GPU holds.
     ema, weights = local_shards(ema_model.parameters()), local_shards(model.parameters())
     torch._foreach_lerp_(ema, weights, 1 - decay)
 
 
 def prepare(config, ranks, loss_fn):
-    """-> dataset, parts (number, why), settings of the network, model. Wrong input: one line."""
+    """-> dataset, parts, settings of the network, model. Exits with one line on wrong input.
+
+    parts: (how many parts a batch is computed in, the reason, to be printed).
+    """
     try:
         dataset = load_dataset(config)
         classes = len(dataset.classes)
-        # A batch is computed in parts (gradient accumulation): as few as are estimated to fit the
-        # memory on every rank.
-        parts = agree_on_parts(config, classes, ranks, loss_fn)         # (number, why)
+        # As few as fit the memory of every rank, by an estimate of what a picture takes.
+        parts = agree_on_parts(config, classes, ranks, loss_fn)
         # A resumed run keeps the network it has, also if the preset has changed since.
         settings = settings_of_started_run(config.out) or config.network_settings(classes)
         torch.manual_seed(config.seed)
@@ -73,7 +75,8 @@ def prepare(config, ranks, loss_fn):
     if config.init and not has_started(config.out):     # a resumed run ignores --init
         try:
             trained, saved = load_model(config.init, "cpu")
-            start_from(trained, model, same_classes=saved["classes"] == dataset.classes)
+            copy_weights(source=trained, target=model,
+                         same_classes=saved["classes"] == dataset.classes)
         except ValueError as error:
             fail(f"--init {error}")
     return dataset, parts, settings, model
@@ -83,14 +86,13 @@ def train(config, ranks):
     loss_fn = loss_function(config)
     dataset, parts, settings, model = prepare(config, ranks, loss_fn)
     ema_model = copy.deepcopy(model).eval().requires_grad_(False)
-    ranks.place(model, ema_model, config)               # to this rank's GPU; --shard: its part
-    # Without weight decay AdamW is Adam.
-    optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.99), eps=1e-12,
-                                  weight_decay=0, fused=True)
+    ranks.place(model, ema_model, config)       # to this rank's GPU; --shard: those that it holds
+    optimizer = torch.optim.Adam(model.parameters(), config.lr, betas=(0.9, 0.99), eps=1e-12,
+                                 fused=True)
     # Entering a Run loads the last checkpoint, if there is one, into model, EMA and optimizer.
     with Run(config, ranks, dataset, settings, model, ema_model, optimizer, parts) as run:
         wrapped = ranks.wrap(model, config)             # compiled, and DDP
-        run.try_memory(wrapped, loss_fn)                # on a GPU: more parts until one fits
+        run.try_memory(wrapped, loss_fn)                # on a GPU: more parts if they do not fit
 
         for step in run.steps():                        # from the last checkpoint on
             for group in optimizer.param_groups:
@@ -101,7 +103,7 @@ def train(config, ranks):
             for numbers, x, cond, is_last in run.parts_of_batch(step):
                 # t, u ~ U(0, 1), eps ~ N(0, 1)
                 t, eps, u = draw_noise(config.seed, numbers, config.res, ranks.device)
-                cond = cond.dropped(u < config.drop_label)      # a probability; for guidance
+                cond = cond.dropped(u < config.drop_label)      # u decides; for guidance
                 with ranks.no_sync(wrapped, unless=is_last):
                     with ranks.autocast(config.bf16):
                         loss = loss_fn(wrapped, x, t, eps, cond=cond)
@@ -120,7 +122,7 @@ def main(argv=None):
         ranks = Ranks()
     except ValueError as error:
         fail(error, every_rank=True)
-    divisor = ranks.world * (config.accum or 1)
+    divisor = ranks.world * (config.accum or 1)         # --accum: the parts, if not to be chosen
     if config.batch % divisor:
         by_parts = f" x --accum {config.accum}" if config.accum else ""
         fail(f"--batch {config.batch}: must be a multiple of {divisor}, {ranks.world} ranks"
@@ -129,7 +131,7 @@ def main(argv=None):
         fail("--shard: divides the model among ranks, which torchrun starts: see the README")
     config.bf16 = ranks.has_bf16 if config.bf16 is None else config.bf16
     config.compile = compile_or_not(config.compile, ranks.device)
-    launch(train, config, ranks)        # calls train; a one-line message if a rank is lost
+    launch(train, config, ranks)        # train(config, ranks), and one line if a rank is lost
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from uvit import (AttentionBlock, Condition, Embedding, ResBlock, Upsample, grou
                   input_output_layers, patch_levels)
 from wavelet import dwt, idwt
 
-# The paper's table: multiples of the first width, and ResBlocks, one of each per level. The rows
+# The paper's table: multiples of `channels`, and ResBlocks, one of each per level. The rows
 # of 128 and 256 see pixels, that of 512 a wavelet of two levels. Smaller pictures start further
 # down the row.
 UNETS = {128: ((1, 2, 4, 8, 8), (3, 4, 4, 12, 4)),
@@ -49,7 +49,7 @@ class UNet(nn.Module):
         multiples = (multiples[:1] * depth + multiples)[-depth:]
         blocks = (blocks[:1] * depth + blocks)[-depth:-2] + (blocks_16, blocks[-1])
         widths = [channels * multiple for multiple in multiples]
-        widths[0] = max(widths[0], min(128, 3 * 4**levels))     # all bands have to pass through
+        widths[0] = max(widths[0], min(128, 3 * 4**levels))     # as in uvit.py
         step = 2 ** (levels + depth - 1)
         assert all(side % step == 0 for side in height_width(res)), \
             f"{step} must divide the sides of {res}"

@@ -1,8 +1,8 @@
 """The U-ViT (Sections 3.3 to 3.5, Figure 8, Appendix B) and the table of presets.
 
-A small convolutional U-Net around a large transformer at 16 x 16. Scaling is cheap down there: at
-256 x 256 a convolution holds gigabytes of features for megabytes of weights, at 16 x 16 the two
-balance (Table 1). The wavelet (or a strided convolution) keeps the largest map at 128 x 128.
+A small convolutional U-Net around a large transformer at 16 x 16. Scaling is cheap down there: for
+a batch of 1024 a convolution at 256 x 256 holds 16 GB of features for 3 MB of weights, at 16 x 16
+0.5 GB for 180 MB (Table 1). The largest map is 128 x 128, by a wavelet or a strided convolution.
 
     z -> wavelet -> ResBlocks at 128 -- a skip per ResBlock --> ResBlocks at 128 -> inverse -> v_hat
                       pool |                                           ^ upsample
@@ -65,7 +65,7 @@ def patch_levels(res, largest_map=128):
 
 
 def halvings_to_16(res, largest_map=128):
-    """How often the U-Net halves its largest map to arrive at 16 x 16, or just below."""
+    """How often the U-Net halves its largest map to arrive at 16 x 16 or fewer pixels."""
     levels = patch_levels(res, largest_map)
     return max(0, math.ceil(math.log2(mean_side(res) / 2**levels / 16)))
 
@@ -140,10 +140,7 @@ class AttentionBlock(nn.Module):
 
 
 class Embedding(nn.Module):
-    """logsnr (B,), condition, encoded caption -> emb, which all ResBlocks and MLP blocks read.
-
-    Sinusoids of logsnr through two layers, plus embeddings of class, portrait, caption's mean.
-    """
+    """emb: sinusoids of logsnr through two layers, plus embeddings of class, portrait, caption."""
 
     def __init__(self, emb_dim, classes, portrait=False, text_width=0):
         super().__init__()
@@ -166,8 +163,9 @@ class Embedding(nn.Module):
             rotated = torch.zeros_like(logsnr).long() if cond.portrait is None else cond.portrait
             h = h + self.portrait(rotated)
         if self.text is not None:
-            text, mask = encoded            # one position at least is unmasked: no division by 0
-            h = h + self.text((text * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+            # (B, L, T) and (B, L): a row of the mask is never all 0.
+            caption, mask = encoded
+            h = h + self.text((caption * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
         return F.silu(h)
 
 
@@ -201,8 +199,8 @@ def sine_positions(width, H, W):
 
 
 def stages(widths, blocks, halvings):
-    """The last `halvings` stages of a preset, whose first is at 128. Where it has too few (patch
-    "none" at 256), the first is repeated.
+    """Widths and blocks of the last `halvings` stages of a preset, and the transformer's width.
+    Where a preset has too few (patch "none" at 256), its first stage is repeated.
     """
     while len(blocks) < halvings:
         widths, blocks = widths[:1] + widths, blocks[:1] + blocks
@@ -219,7 +217,7 @@ class UViT(nn.Module):
     largest_map: side of the largest feature map;  dropout_res: ResBlocks on maps of this side or
     smaller have dropout; 16 leaves it to the transformer alone, as in the paper;
     classes: 0 for none;  portrait: whether it is told Condition.portrait;
-    text: None, or an encoder: (tokens or None, B) -> text (B, L, T), mask (B, L); a T5 is frozen.
+    text: None, or an encoder of captions, which brings its cross-attention block (text.py).
     """
 
     skip_per_block = True           # a variant in sid2.py has one per stage
@@ -240,7 +238,7 @@ class UViT(nn.Module):
         step = 2 ** (levels + halvings)
         assert H % step == W % step == 0, f"{step} must divide the sides of {res}"
         widths, blocks = stages(widths, blocks, halvings)
-        # Fewer channels than the wavelet makes (12, 48, ...) lose detail; the paper's 128 do.
+        # As wide as what the wavelet makes (12, 48, ...) or the paper's 128: fewer lose detail.
         widths[0] = max(widths[0], min(128, 3 * 4**levels))
         self.project_in, self.project_out = input_output_layers(patch, levels, widths[0])
         self.embedding = Embedding(emb_dim, classes, portrait, text_width)
@@ -261,13 +259,13 @@ class UViT(nn.Module):
                                      else sine_positions(C, H, W) / 2)
         self.transformer = nn.ModuleList(nn.ModuleList([
             MLPBlock(C, emb_dim, dropout), AttentionBlock(C, head_dim),
-            text.cross_attention(C, head_dim, text_width) if text else None])   # a list may hold it
+            text.cross_attention(C, head_dim, text_width) if text else None])
             for _ in range(depth))
         self.norm_out = group_norm(widths[0])
 
     def forward(self, z, logsnr, cond=None):
         cond = cond or Condition()
-        encoded = self.text(cond.tokens, len(z)) if self.text else None     # (B, L, T), (B, L)
+        encoded = self.text(cond.tokens, len(z)) if self.text else None     # caption, its mask
         emb = self.embedding(logsnr, cond, encoded)             # (B, emb_dim)
         h = self.project_in(dwt(z, self.wavelet_levels))        # (B, widths[0], 128, 128) from 512
         h, skips = self.go_down(h, emb)                         # (B, widths[-1], 16, 16)

@@ -8,8 +8,8 @@ loses nothing. One level along one axis is two "lifting" steps, without rounding
     s[n] = x[2n] + (d[n-1] + d[n]) / 4          low band: x at half the size, as bright as x
 
 Borders are mirrored: x[N] = x[N-2] and d[-1] = d[0]. Each step adds to one half of the samples a
-function of the other half, so subtracting the same in reverse order inverts it exactly. The bands
-are not rescaled: noise has another variance in each. `python figures.py` draws Figure 7.
+function of the other half, so subtracting the same in reverse order inverts it exactly. Bands are
+not rescaled: the paper gives no scaling, and the loss is on pixels. Figure 7: `python figures.py`.
 """
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,8 @@ def preceding(d, dim):
 
 def lift(x, dim):
     """One level along dim (-1 or -2), of even length: (..., N, ...) -> s, d: (..., N / 2, ...)."""
-    even, odd = x.unflatten(dim, (-1, 2)).unbind(dim)      # dim counts from the end: axis of pairs
+    pairs = x.unflatten(dim, (-1, 2))           # (..., N / 2, 2, ...): from the end, dim is the 2
+    even, odd = pairs.unbind(dim)
     d = odd - (even + following(even, dim)) / 2
     s = even + (preceding(d, dim) + d) / 4
     return s, d
@@ -39,7 +40,8 @@ def unlift(s, d, dim):
     """Inverse of `lift`, dim -1 or -2: s, d: (..., N / 2, ...) -> (..., N, ...)."""
     even = s - (preceding(d, dim) + d) / 4
     odd = d + (even + following(even, dim)) / 2
-    return torch.stack([even, odd], dim).flatten(dim - 1, dim)     # (..., N / 2, 2, ...) on the way
+    pairs = torch.stack([even, odd], dim)       # (..., N / 2, 2, ...)
+    return pairs.flatten(dim - 1, dim)
 
 
 def dwt(x, levels):

@@ -134,9 +134,9 @@ def build(name, how, make=None):
 
 
 def training_step(model, res, batch, bf16=True):
-    """A step of train.py without loading: noise, loss, gradient, AdamW, EMA -> function."""
+    """A step of train.py without loading: noise, loss, gradient, Adam, EMA -> function."""
     ema = [p.detach().clone() for p in model.parameters()]
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-4, fused=True)
     schedule = logsnr_schedule("shifted", res)
     x = torch.randn(batch, 3, res, res, device=DEVICE).clamp(-1, 1)
     net = lambda z, logsnr, cond: model(z, logsnr)

@@ -23,7 +23,7 @@ def started(before, after, same_classes=True, net=small_uvit):
     networks = [net(**options) for options in (before, after)]      # which sets the seed
     first, second = (random_weights(network).float().eval() for network in networks)
     own = {name: weights.clone() for name, weights in second.state_dict().items()}
-    checkpoint.start_from(first, second, same_classes)
+    checkpoint.copy_weights(first, second, same_classes)
     return first, second, own
 
 
@@ -131,22 +131,22 @@ def test_any_other_difference_is_refused_by_name(options, name):
     first, second = (small_uvit(**(dict(kind=ResidualUViT, res=144) | changed))
                      for changed in ({}, options))
     if name is None:
-        return checkpoint.start_from(first, second, True)
+        return checkpoint.copy_weights(first, second, True)
     with pytest.raises(ValueError, match="^another trunk, " + re.escape(name)):
-        checkpoint.start_from(first, second, True)
+        checkpoint.copy_weights(first, second, True)
 
 
 def test_a_strided_convolution_of_another_stride_is_refused():
     first, second = (small_uvit(res, patch="conv", widths=(48, 16, 32, 64)) for res in (144, 288))
     with pytest.raises(ValueError, match="^another trunk, project_in.weight"):
-        checkpoint.start_from(first, second, True)
+        checkpoint.copy_weights(first, second, True)
 
 
 def test_a_unet_does_not_start_a_uvit_nor_the_other_way_round():
     nets = small_uvit(32), small_unet(32)
     for first, second in (nets, nets[::-1]):
         with pytest.raises(ValueError, match="^another trunk, down.0.0"):
-            checkpoint.start_from(first, second, True)
+            checkpoint.copy_weights(first, second, True)
 
 
 def test_init_starts_from_the_weights_of_another_run_and_is_read_once(tmp_path, little, capsys):
@@ -157,12 +157,12 @@ def test_init_starts_from_the_weights_of_another_run_and_is_read_once(tmp_path, 
     flags = [*few, "--res", "24x32", "--portrait", "--init", start]
 
     def as_started(name, same_classes):
-        """Whether a run that hardly moved has the weights that start_from gives it."""
+        """Whether a run that hardly moved has the weights that copy_weights gives it."""
         run = run_train(tmp_path / name, "--steps", "1", "--lr", "1e-30", *flags)
         torch.manual_seed(0)
         model = checkpoint.build_network(**run["network"])
         own = model.embedding.label.weight.clone()
-        checkpoint.start_from(first, model, same_classes)
+        checkpoint.copy_weights(first, model, same_classes)
         wanted = first.embedding.label.weight if same_classes else own
         assert torch.allclose(run["model"]["embedding.label.weight"], wanted, rtol=0, atol=1e-20)
         return all(torch.allclose(run["model"][name], weights, rtol=0, atol=1e-20)

@@ -196,8 +196,8 @@ def test_each_rank_of_a_sharded_run_keeps_its_share_alone(tmp_path):
     script = tmp_path / "count.py"
     script.write_text(BEGIN + f"""
 import torch, train
-made, adam = [], torch.optim.AdamW
-torch.optim.AdamW = lambda *args, **options: made.append(adam(*args, **options)) or made[0]
+made, adam = [], torch.optim.Adam
+torch.optim.Adam = lambda *args, **options: made.append(adam(*args, **options)) or made[0]
 ema, honest = [], torch._foreach_lerp_
 def counted(averages, *rest):
     ema.append(sum(p.numel() for p in averages))
