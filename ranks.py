@@ -99,7 +99,7 @@ class Ranks:
                                     for _ in range(2))
         self.hosts = self.gather(self.hosts[0])
 
-    def wait_and_leave(self):
+    def wait_and_leave_group(self):
         """Wait for the other ranks, then leave the group together."""
         if self.control:
             dist.barrier(self.control)

@@ -76,7 +76,7 @@ def launch(train, config, ranks):
             fail(f"rank {ranks.rank} on {ranks.hosts[0]}: the other ranks did not come: "
                  f"{str(error).splitlines()[0]}", code=1, every_rank=True)
         train(config, ranks)
-        ranks.wait_and_leave()
+        ranks.wait_and_leave_group()
     except RuntimeError as error:
         if out_of_memory(error):
             fail(f"out of memory ({str(error).splitlines()[0]}): a larger --accum, more parts than "

@@ -74,7 +74,7 @@ def sampling_steps(model, schedule, new_noise, steps, cond=None, sampler="ancest
     which there is no guidance (SiD2).
     """
     z = new_noise()
-    logsnrs = schedule(torch.linspace(1, 0, steps + 1))     # on the CPU: `inside` waits for no GPU
+    logsnrs = schedule(torch.linspace(1, 0, steps + 1))     # on the CPU, to compare without waiting
     for i in range(steps):
         logsnr_t = logsnrs[i].to(z.device).expand(len(z))
         logsnr_s = logsnrs[i + 1].to(z.device).expand(len(z))
@@ -102,8 +102,7 @@ class Options:
     ckpt: str = flag("", "model.pt of a run (default: the newest in runs/, else assets/flowers.pt"
                        ", or with prompts assets/words.pt)")
     out: str = flag("", "folder for the pictures (default: samples)")
-    n: int | None = flag(None, "number of pictures (default: 16, or one per prompt)", least=1,
-                           most=10_000_000)
+    n: int | None = flag(None, "pictures (default: 16, or one per prompt)", least=1, most=10**7)
     steps: int = flag(128, "network calls per picture", least=1, most=100_000)
     sampler: str = flag("ancestral", "ancestral or ddim", choices=("ancestral", "ddim"))
     gamma: float = flag(0.2, "variance of ancestral steps, 0 to 1", least=0, most=1)
@@ -220,11 +219,10 @@ def draw_all(model, schedule, options, conds, res, ranks, folder):
             with ranks.autocast(ranks.has_bf16):
                 draw_batch(model, schedule, options, conds, numbers, res, ranks.device, folder,
                            bar=ranks.is_first)
-    ranks.wait_and_leave()                          # all are drawn: only the first has more to do
+    ranks.wait_and_leave_group()            # all pictures are drawn; the first rank writes the rest
     if ranks.is_first:
         # A column per class or caption, if there are 2 to 12; else a square. At most ten rows.
-        square = max(1, round(min(options.n, 100) ** .5))
-        columns = len(conds) if 1 < len(conds) <= 12 else square
+        columns = len(conds) if 1 < len(conds) <= 12 else round(min(options.n, 100) ** .5)
         shown = [folder.read(i) for i in range(min(options.n, 10 * columns))]
         folder.save("grid.png", grid(shown, columns))
         folder.save_npz()                   # for evaluators of FID
@@ -232,7 +230,9 @@ def draw_all(model, schedule, options, conds, res, ranks, folder):
 
 def main(argv=None):
     options = parse_options(argv)
-    ckpt, why_chosen = (options.ckpt, "") if options.ckpt else newest_model(bool(options.prompt))
+    ckpt, why_chosen = options.ckpt, ""
+    if not ckpt:
+        ckpt, why_chosen = newest_model(with_text=bool(options.prompt))
     try:
         ranks = Ranks()
     except ValueError as error:

@@ -24,7 +24,7 @@ def height_width(res):
 
 
 def mean_side(res):
-    """d; in the paper pictures are square, ours: sqrt(height width). "384x640" -> 495.7."""
+    """d of Eq. 5, sqrt(height width) of a picture that is not square: "384x640" -> 495.7."""
     height, width = height_width(res)
     return math.sqrt(height * width)
 

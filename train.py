@@ -86,13 +86,13 @@ def train(config, ranks):
     loss_fn = loss_function(config)
     dataset, parts, settings, model = prepare(config, ranks, loss_fn)
     ema_model = copy.deepcopy(model).eval().requires_grad_(False)
-    ranks.place(model, ema_model, config)       # to this rank's GPU; --shard: those that it holds
+    ranks.place(model, ema_model, config)       # to this rank's GPU; with --shard a share of each
     optimizer = torch.optim.Adam(model.parameters(), config.lr, betas=(0.9, 0.99), eps=1e-12,
                                  fused=True)
     # Entering a Run loads the last checkpoint, if there is one, into model, EMA and optimizer.
     with Run(config, ranks, dataset, settings, model, ema_model, optimizer, parts) as run:
         wrapped = ranks.wrap(model, config)             # compiled, and DDP
-        run.try_memory(wrapped, loss_fn)                # on a GPU: more parts if they do not fit
+        run.try_memory(wrapped, loss_fn)                # more parts if the estimate was too low
 
         for step in run.steps():                        # from the last checkpoint on
             for group in optimizer.param_groups:
@@ -122,7 +122,7 @@ def main(argv=None):
         ranks = Ranks()
     except ValueError as error:
         fail(error, every_rank=True)
-    divisor = ranks.world * (config.accum or 1)         # --accum: the parts, if not to be chosen
+    divisor = ranks.world * (config.accum or 1)         # without --accum the parts are chosen
     if config.batch % divisor:
         by_parts = f" x --accum {config.accum}" if config.accum else ""
         fail(f"--batch {config.batch}: must be a multiple of {divisor}, {ranks.world} ranks"

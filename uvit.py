@@ -1,8 +1,8 @@
 """The U-ViT (Sections 3.3 to 3.5, Figure 8, Appendix B) and the table of presets.
 
-A small convolutional U-Net around a large transformer at 16 x 16. Scaling is cheap down there: for
-a batch of 1024 a convolution at 256 x 256 holds 16 GB of features for 3 MB of weights, at 16 x 16
-0.5 GB for 180 MB (Table 1). The largest map is 128 x 128, by a wavelet or a strided convolution.
+A small convolutional U-Net around a large transformer at 16 x 16. Scaling is cheap down there:
+a convolution on 256 x 256 x 128 holds 16 GB of features for 2.8 MB of kernel (batch 1024), one on
+16 x 16 x 1024 0.5 GB for 180 MB (Table 1). The first layer keeps maps at 128 x 128 or smaller.
 
     z -> wavelet -> ResBlocks at 128 -- a skip per ResBlock --> ResBlocks at 128 -> inverse -> v_hat
                       pool |                                           ^ upsample
@@ -163,7 +163,7 @@ class Embedding(nn.Module):
             rotated = torch.zeros_like(logsnr).long() if cond.portrait is None else cond.portrait
             h = h + self.portrait(rotated)
         if self.text is not None:
-            # (B, L, T) and (B, L): a row of the mask is never all 0.
+            # (B, L, T) and (B, L). An empty caption has one position too: no division by 0.
             caption, mask = encoded
             h = h + self.text((caption * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
         return F.silu(h)
@@ -199,8 +199,8 @@ def sine_positions(width, H, W):
 
 
 def stages(widths, blocks, halvings):
-    """Widths and blocks of the last `halvings` stages of a preset, and the transformer's width.
-    Where a preset has too few (patch "none" at 256), its first stage is repeated.
+    """A preset's last `halvings` stages -> their widths and the transformer's, their blocks. Where
+    a preset has too few (patch "none" at 256), its first stage is repeated.
     """
     while len(blocks) < halvings:
         widths, blocks = widths[:1] + widths, blocks[:1] + blocks
@@ -238,7 +238,7 @@ class UViT(nn.Module):
         step = 2 ** (levels + halvings)
         assert H % step == W % step == 0, f"{step} must divide the sides of {res}"
         widths, blocks = stages(widths, blocks, halvings)
-        # As wide as what the wavelet makes (12, 48, ...) or the paper's 128: fewer lose detail.
+        # At least the wavelet's channels (12, 48, ...), up to the paper's 128: fewer lose detail.
         widths[0] = max(widths[0], min(128, 3 * 4**levels))
         self.project_in, self.project_out = input_output_layers(patch, levels, widths[0])
         self.embedding = Embedding(emb_dim, classes, portrait, text_width)
@@ -257,7 +257,7 @@ class UViT(nn.Module):
         # The paper's are Gaussian. From sines a short run learns the layout of pictures sooner.
         self.position = nn.Parameter(0.01 * torch.randn(1, C, H, W) if position_init == "gauss"
                                      else sine_positions(C, H, W) / 2)
-        self.transformer = nn.ModuleList(nn.ModuleList([
+        self.transformer = nn.ModuleList(nn.ModuleList([            # a ModuleList may hold None
             MLPBlock(C, emb_dim, dropout), AttentionBlock(C, head_dim),
             text.cross_attention(C, head_dim, text_width) if text else None])
             for _ in range(depth))

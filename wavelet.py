@@ -29,7 +29,7 @@ def preceding(d, dim):
 
 def lift(x, dim):
     """One level along dim (-1 or -2), of even length: (..., N, ...) -> s, d: (..., N / 2, ...)."""
-    pairs = x.unflatten(dim, (-1, 2))           # (..., N / 2, 2, ...): from the end, dim is the 2
+    pairs = x.unflatten(dim, (-1, 2))           # (..., N / 2, 2, ...); dim < 0 now is the axis of 2
     even, odd = pairs.unbind(dim)
     d = odd - (even + following(even, dim)) / 2
     s = even + (preceding(d, dim) + d) / 4

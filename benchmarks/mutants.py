@@ -874,8 +874,8 @@ def copy_of_the_repository(folder):
 
 
 def outcome(mutant):
-    """Run the tests on a copy with this mutant -> name of the first that fails, or SURVIVED, or
-    SKIPPED if all of them need a package that is not installed.
+    """Run the tests on a copy with this mutant -> name of the first that fails, or "no end", or
+    SURVIVED, or SKIPPED if all of them need a package that is not installed.
     """
     file, old, new, tests = mutant
     with tempfile.TemporaryDirectory() as folder:
@@ -884,7 +884,11 @@ def outcome(mutant):
         text = target.read_text()
         assert text.count(old) == 1, f"{file}: {old!r} is there {text.count(old)} times"
         target.write_text(text.replace(old, new))
-        run = subprocess.run([*PYTEST, tests], cwd=folder, capture_output=True, text=True)
+        try:
+            run = subprocess.run([*PYTEST, tests], cwd=folder, capture_output=True, text=True,
+                                 timeout=600)
+        except subprocess.TimeoutExpired:       # a command that should have been refused trains
+            return "no end"
     red = re.search(r"^(?:FAILED|ERROR) \S+::(\S+)", run.stdout, re.MULTILINE)
     if red:
         return red[1]

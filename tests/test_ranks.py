@@ -266,12 +266,12 @@ def deepcopy(thing):
         nets.extend([thing, copy])
     return copy
 train.copy.deepcopy = deepcopy
-leave = train.Ranks.wait_and_leave
+leave = train.Ranks.wait_and_leave_group
 def save_and_leave(self):
     states = [gather_full(net.state_dict()) for net in nets]
     torch.save(states, {str(tmp_path)!r} + "/rank" + os.environ["RANK"])
     leave(self)
-train.Ranks.wait_and_leave = save_and_leave
+train.Ranks.wait_and_leave_group = save_and_leave
 train.main()
 """)
     run_ranks(2, script, *SMALL, *flags, "--steps", "6", "--out", tmp_path / "run")

@@ -196,11 +196,11 @@ def test_bias_reaches_the_weight_of_sid2_and_is_of_no_other_loss(
     error = one_line(capsys, train.main, again)
     assert "was started with --set bias=-4.0, now the default" in error
     train.main([*map(str, again), "--set", "bias=-4.00"])       # the same number
-    assert one_line(capsys, train.main, ["--set", "bias=-4"]) == \
+    assert one_line(capsys, train.parse_config, ["--set", "bias=-4"]) == \
         "--set bias=-4.0: is for --loss sid2\n"
     for value, words in (("-21", "-21.0: must be at least -20"), ("21", "21.0: must be at most"),
                          ("low", "low: must be a finite number")):
-        error = one_line(capsys, train.main, ["--loss", "sid2", "--set", f"bias={value}"])
+        error = one_line(capsys, train.parse_config, ["--loss", "sid2", "--set", f"bias={value}"])
         assert error.startswith(f"--set bias={words}")
 
 
