@@ -74,7 +74,7 @@ def sampling_steps(model, schedule, new_noise, steps, cond=None, sampler="ancest
     which there is no guidance (SiD2).
     """
     z = new_noise()
-    logsnrs = schedule(torch.linspace(1, 0, steps + 1))     # on the CPU, to compare without waiting
+    logsnrs = schedule(torch.linspace(1, 0, steps + 1))     # on the CPU, to test `interval`
     for i in range(steps):
         logsnr_t = logsnrs[i].to(z.device).expand(len(z))
         logsnr_s = logsnrs[i + 1].to(z.device).expand(len(z))
@@ -170,10 +170,10 @@ def conditions(options, ckpt, config, classes):
     portrait, label = int(options.portrait), options.label
     if config["text"]:
         try:
-            tokens = tokenizer(config["text"], config["text_length"])
+            tokenize = tokenizer(config["text"], config["text_length"])
         except ValueError as error:
             fail(f"--ckpt {ckpt}: {error}")
-        return [Condition(-1, portrait, tokens(prompt)) for prompt in options.prompt or [""]]
+        return [Condition(-1, portrait, tokenize(prompt)) for prompt in options.prompt or [""]]
     numbers = range(len(classes)) if classes else [-1]      # -1: no class
     if not label:
         return [Condition(i, portrait, []) for i in numbers]            # []: no caption
@@ -212,14 +212,14 @@ def draw_batch(model, schedule, options, conds, numbers, res, device, folder, ba
 
 
 def draw_all(model, schedule, options, conds, res, ranks, folder):
-    """All pictures, batch k by rank k mod world: the same ones on any number of ranks."""
+    """Draw all pictures. Under torchrun, batch k is drawn by rank k mod world, but is the same."""
     for start in range(options.batch * ranks.rank, options.n, options.batch * ranks.world):
         numbers = range(start, min(start + options.batch, options.n))
         if not folder.has(numbers):                 # skip what a stopped command has drawn
             with ranks.autocast(ranks.has_bf16):
                 draw_batch(model, schedule, options, conds, numbers, res, ranks.device, folder,
                            bar=ranks.is_first)
-    ranks.wait_and_leave_group()            # all pictures are drawn; the first rank writes the rest
+    ranks.wait_and_leave_group()            # until all have drawn theirs
     if ranks.is_first:
         # A column per class or caption, if there are 2 to 12; else a square. At most ten rows.
         columns = len(conds) if 1 < len(conds) <= 12 else round(min(options.n, 100) ** .5)
@@ -236,7 +236,7 @@ def main(argv=None):
     try:
         ranks = Ranks()
     except ValueError as error:
-        fail(error, every_rank=True)
+        fail(error, every_rank=True)            # it may concern one process alone
     try:
         model, saved = load_model(ckpt, ranks.device)       # the EMA weights, in eval mode
     except ValueError as error:

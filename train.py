@@ -64,7 +64,8 @@ def prepare(config, ranks, loss_fn):
     try:
         dataset = load_dataset(config)
         classes = len(dataset.classes)
-        # As few as fit the memory of every rank, by an estimate of what a picture takes.
+        # The fewest parts that fit the memory of every rank, by an estimate of what a picture and
+        # its loss keep for the backward pass.
         parts = agree_on_parts(config, classes, ranks, loss_fn)
         # A resumed run keeps the network it has, also if the preset has changed since.
         settings = settings_of_started_run(config.out) or config.network_settings(classes)
@@ -92,7 +93,7 @@ def train(config, ranks):
     # Entering a Run loads the last checkpoint, if there is one, into model, EMA and optimizer.
     with Run(config, ranks, dataset, settings, model, ema_model, optimizer, parts) as run:
         wrapped = ranks.wrap(model, config)             # compiled, and DDP
-        run.try_memory(wrapped, loss_fn)                # more parts if the estimate was too low
+        run.try_memory(wrapped, loss_fn)            # a trial pass: more parts if it does not fit
 
         for step in run.steps():                        # from the last checkpoint on
             for group in optimizer.param_groups:
@@ -110,7 +111,7 @@ def train(config, ranks):
                     (loss / run.num_parts).backward()
                 losses.append(loss.detach())
             norm = clip_gradient(model, config.clip)
-            skipped = step_if_finite(optimizer, norm)
+            skipped = step_if_finite(optimizer, norm)       # 1: norm was inf or nan, no step
             optimizer.zero_grad(set_to_none=True)
             update_ema(ema_model, model, ema_decay(step, config.ema))
             run.after_step(losses, norm, skipped)       # progress, log, checkpoint, grid
@@ -122,7 +123,7 @@ def main(argv=None):
         ranks = Ranks()
     except ValueError as error:
         fail(error, every_rank=True)
-    divisor = ranks.world * (config.accum or 1)         # without --accum the parts are chosen
+    divisor = ranks.world * (config.accum or 1)         # or as agree_on_parts chooses
     if config.batch % divisor:
         by_parts = f" x --accum {config.accum}" if config.accum else ""
         fail(f"--batch {config.batch}: must be a multiple of {divisor}, {ranks.world} ranks"
@@ -131,7 +132,7 @@ def main(argv=None):
         fail("--shard: divides the model among ranks, which torchrun starts: see the README")
     config.bf16 = ranks.has_bf16 if config.bf16 is None else config.bf16
     config.compile = compile_or_not(config.compile, ranks.device)
-    launch(train, config, ranks)        # train(config, ranks), and one line if a rank is lost
+    launch(train, config, ranks)        # calls train(config, ranks); one line if a rank dies
 
 
 if __name__ == "__main__":

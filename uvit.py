@@ -1,8 +1,8 @@
 """The U-ViT (Sections 3.3 to 3.5, Figure 8, Appendix B) and the table of presets.
 
 A small convolutional U-Net around a large transformer at 16 x 16. Scaling is cheap down there:
-a convolution on 256 x 256 x 128 holds 16 GB of features for 2.8 MB of kernel (batch 1024), one on
-16 x 16 x 1024 0.5 GB for 180 MB (Table 1). The first layer keeps maps at 128 x 128 or smaller.
+by Table 1 (batch 1024) a convolution has 16 GB of features for 2.8 MB of kernel at 256 x 256, and
+0.5 GB for 180 MB at 16 x 16. The first layer keeps maps at 128 x 128 or smaller.
 
     z -> wavelet -> ResBlocks at 128 -- a skip per ResBlock --> ResBlocks at 128 -> inverse -> v_hat
                       pool |                                           ^ upsample
@@ -44,10 +44,10 @@ PRESETS = {     # widths at 128, 64, 32, 16; ResBlocks at 128, 64, 32; transform
 
 
 class Condition(NamedTuple):
-    """What the network is told besides z_t and logsnr. A field left None has its default."""
-    label: torch.Tensor | None = None       # (B,) class from 0; default -1: no class
-    portrait: torch.Tensor | None = None    # (B,) 1: a portrait, rotated to landscape; default 0
-    tokens: torch.Tensor | None = None      # (B, L) caption, padded with 0; default all 0: none
+    """What the network is told besides z_t and logsnr. None: -1 or 0 for all pictures."""
+    label: torch.Tensor | None = None       # (B,) class from 0; -1: no class
+    portrait: torch.Tensor | None = None    # (B,) 1: a portrait, rotated to landscape; 0: not
+    tokens: torch.Tensor | None = None      # (B, L) caption, padded with 0; all 0: no caption
 
     def dropped(self, drop):
         """Without class and caption where drop (B,) is true, as guidance needs it (Appendix A).
@@ -163,8 +163,7 @@ class Embedding(nn.Module):
             rotated = torch.zeros_like(logsnr).long() if cond.portrait is None else cond.portrait
             h = h + self.portrait(rotated)
         if self.text is not None:
-            # (B, L, T) and (B, L). An empty caption has one position too: no division by 0.
-            caption, mask = encoded
+            caption, mask = encoded         # (B, L, T); (B, L), at least one 1 in each row
             h = h + self.text((caption * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
         return F.silu(h)
 
@@ -199,8 +198,9 @@ def sine_positions(width, H, W):
 
 
 def stages(widths, blocks, halvings):
-    """A preset's last `halvings` stages -> their widths and the transformer's, their blocks. Where
-    a preset has too few (patch "none" at 256), its first stage is repeated.
+    """The last `halvings` stages of a preset: halvings + 1 widths (the last is the transformer's)
+    and halvings numbers of ResBlocks. If there are too few (patch "none" at 256), the first stage
+    is repeated.
     """
     while len(blocks) < halvings:
         widths, blocks = widths[:1] + widths, blocks[:1] + blocks
@@ -238,7 +238,7 @@ class UViT(nn.Module):
         step = 2 ** (levels + halvings)
         assert H % step == W % step == 0, f"{step} must divide the sides of {res}"
         widths, blocks = stages(widths, blocks, halvings)
-        # At least the wavelet's channels (12, 48, ...), up to the paper's 128: fewer lose detail.
+        # Fewer channels than the wavelet makes (12, 48, ...) would lose detail: widen, up to 128.
         widths[0] = max(widths[0], min(128, 3 * 4**levels))
         self.project_in, self.project_out = input_output_layers(patch, levels, widths[0])
         self.embedding = Embedding(emb_dim, classes, portrait, text_width)

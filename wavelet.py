@@ -9,7 +9,7 @@ loses nothing. One level along one axis is two "lifting" steps, without rounding
 
 Borders are mirrored: x[N] = x[N-2] and d[-1] = d[0]. Each step adds to one half of the samples a
 function of the other half, so subtracting the same in reverse order inverts it exactly. Bands are
-not rescaled: the paper gives no scaling, and the loss is on pixels. Figure 7: `python figures.py`.
+not rescaled (the paper does not say; a loss on pixels is the same). Figure 7: `python figures.py`.
 """
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ def preceding(d, dim):
 
 def lift(x, dim):
     """One level along dim (-1 or -2), of even length: (..., N, ...) -> s, d: (..., N / 2, ...)."""
-    pairs = x.unflatten(dim, (-1, 2))           # (..., N / 2, 2, ...); dim < 0 now is the axis of 2
+    pairs = x.unflatten(dim, (-1, 2))       # (..., N / 2, 2, ...): dim, from the end, is the new 2
     even, odd = pairs.unbind(dim)
     d = odd - (even + following(even, dim)) / 2
     s = even + (preceding(d, dim) + d) / 4
