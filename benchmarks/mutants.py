@@ -244,7 +244,10 @@ FORMULAS = [  # schedule, wavelet, losses, samplers, network
     ("uvit.py", "list(widths[first:]), blocks[first:]",
      "list(widths[:halvings + 1]), blocks[:halvings]", "transformer_is"),
     ("uvit.py", "widths, blocks = widths[:1] + widths, blocks[:1] + blocks",
-     "widths, blocks = widths + widths[-1:], blocks + blocks[-1:]", "reach_it and none"),
+     "widths, blocks = widths + widths[-1:], blocks + blocks[-1:]", "stages_of_a_preset"),
+    ("uvit.py", "widths, blocks = widths[:1] + widths, blocks[:1] + blocks",
+     "widths, blocks = widths[:1] + widths, blocks[-1:] + blocks", "stages_of_a_preset"),
+    ("uvit.py", "first = len(blocks) - halvings", "first = 0", "stages_of_a_preset"),
 ]
 
 TRAINER = [   # what is learned, with which numbers

@@ -642,3 +642,8 @@ def test_each_mutant_is_of_code_that_still_stands():
         for file, old, *_ in rows:
             text = texts.setdefault(file, (HERE / file).read_text("utf-8"))
             assert text.count(old) == 1, (file, old)
+
+
+def test_number_of_mutants_is_what_the_readme_says():
+    count = sum(map(len, mutants.LISTS.values()))
+    assert f"in {count} places" in " ".join((HERE / "README.md").read_text().split())

@@ -102,6 +102,19 @@ def test_top_level_is_as_wide_as_there_are_bands(net, res, width):
     assert model.project_in.out_channels == model.norm_out.num_channels == width
 
 
+@pytest.mark.parametrize("flags, widths, blocks", [
+    ("--res 64", (64, 96, 192), (1, 2)), ("--res 128", (32, 64, 96, 192), (1, 1, 2)),
+    ("--res 256 --set patch=none", (32, 32, 64, 96, 192), (1, 1, 1, 2)),
+    ("--res 512 --set patch=none", (32, 32, 32, 64, 96, 192), (1, 1, 1, 1, 2))])
+def test_stages_of_a_preset_are_its_last_ones_and_the_first_repeated(flags, widths, blocks):
+    config = train.parse_config(["--model", "mini", *flags.split()])
+    with torch.device("meta"):
+        model = checkpoint.build_network(**config.network_settings(0))
+    of_stages = [[block.conv_in.in_channels for block in stage] for stage in model.down]
+    assert of_stages == [[width] * count for width, count in zip(widths, blocks)]
+    assert model.position.shape[1] == widths[-1]
+
+
 def test_output_depends_on_the_input_at_the_same_place_in_a_picture_that_is_not_square():
     model = random_weights(small_uvit("16x48")).float().eval()
     z = torch.randn(1, 3, 16, 48, requires_grad=True)
