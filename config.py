@@ -1,4 +1,4 @@
-"""What can be set, and what --res and --model choose: the options of train.py.
+"""What can be set, and what --res and --model choose: the options of train.py and sample.py.
 
 A field made by `flag` is an option of its own, --name; one made by `option` is set by
 --set NAME=VALUE. Fields that may differ when a run is resumed are marked `may_change`.
@@ -154,3 +154,61 @@ def checked_size(config):
     if config.portrait and height >= width:
         fail(f"--portrait --res {config.res}: needs a size wider than high, like 384x640")
     return height if height == width else f"{height}x{width}"
+
+
+# ---------------------------------------------------------------------------- sample.py
+
+@dataclass
+class SamplingOptions:
+    ckpt: str = flag("", "model.pt of a run (default: the newest in runs/, else assets/flowers.pt"
+                       ", or with prompts assets/words.pt)")
+    out: str = flag("", "folder for the pictures (default: samples)")
+    n: int | None = flag(None, "pictures (default: 16, or one per prompt)", least=1, most=10**7)
+    steps: int = flag(128, "network calls per picture", least=1, most=100_000)
+    sampler: str = flag("ancestral", "ancestral, ddim or dpm (DPM-Solver++)",
+                        choices=("ancestral", "ddim", "dpm"))
+    gamma: float = flag(0.2, "variance of ancestral steps, 0 to 1", least=0, most=1)
+    guidance: float = flag(1.0, "1 + eta of the paper; 1 is off", least=0)
+    guidance_interval: tuple[float, float] | None = flag(
+        None, "logsnr between which there is guidance (default: everywhere)",
+        metavar=("LOW", "HIGH"))
+    schedule: str | None = flag(None, "cosine, shifted or interpolated (default: as trained)",
+                                  choices=SCHEDULES)
+    label: str = flag("", "class, by name or by number from 0 (default: all in turn)")
+    prompt: list[str] = flag([], "captions, drawn in turn")
+    prompts: str = flag("", "file with a caption per line")
+    portrait: bool = flag(False, "upright pictures, from a model trained with --portrait")
+    film: bool = flag(False, "also film.png: z_t and x_hat of the first picture from t = 1 to 0")
+    seed: int = flag(0, "same seed, same pictures", least=0, most=2**63)
+    batch: int = flag(16, "pictures at a time", least=1, most=10_000)
+    compile: bool = flag(False, "compile the network, for many pictures on a GPU")
+
+
+SAMPLING_EXAMPLES = """Draw pictures with a trained model.
+
+  python sample.py                                     16 pictures of the newest run
+  python sample.py --label "5 petals" --guidance 2     one class
+  python sample.py --prompt "a red flower"             a caption, by bundled weights
+  python sample.py --steps 24                          a fifth of the time
+"""
+
+
+def parse_sampling(argv):
+    """argv -> SamplingOptions. Wrong input: one line, exit code 2."""
+    options = parse(SamplingOptions, argv, SAMPLING_EXAMPLES)
+    if options.prompts:
+        try:
+            lines = Path(options.prompts).read_text("utf-8-sig", "replace").splitlines()
+        except OSError as error:
+            fail(f"--prompts {options.prompts}: {error.strerror}")
+        options.prompt = options.prompt + [line for line in lines if line.strip()]
+        if not options.prompt:
+            fail(f"--prompts {options.prompts}: holds no line")
+    options.n = options.n or len(options.prompt) or 16
+    if options.guidance_interval:
+        low, high = options.guidance_interval
+        if low > high:
+            fail(f"--guidance-interval {low} {high}: the first must be the lower")
+        if options.guidance == 1:
+            fail(f"--guidance-interval {low} {high}: needs a --guidance other than 1")
+    return options

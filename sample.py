@@ -1,4 +1,4 @@
-"""Sampling (Appendix A): ancestral and DDIM steps, guidance; `python sample.py` writes pictures.
+"""Sampling (Appendix A): ancestral steps, DDIM and DPM-Solver++, guidance; `python sample.py`.
 
 Sampling starts from unit noise at t = 1 and goes down a uniform grid of times to t = 0. A step from
 t to s < t calls the network once, for x_hat, and draws z_s from z_t and x_hat. The last step
@@ -7,8 +7,6 @@ returns x_hat itself.
 import math
 import signal
 import sys
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,12 +14,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import SampleFolder, load_model, newest_model
-from cli import IgnoreBrokenPipe, fail, flag, parse
+from cli import IgnoreBrokenPipe, fail
+from config import parse_sampling
 from data import grid, stacked, to_device, to_uint8
 from loss import x_from_v
 from noise import picture_noise
 from ranks import Ranks, compiler_trouble
-from schedule import SCHEDULES, alpha_sigma, logsnr_schedule
+from schedule import alpha_sigma, logsnr_schedule
 from text import tokenizer
 from uvit import Condition
 
@@ -47,6 +46,16 @@ def ddim_step(z, x_hat, logsnr_t, logsnr_s):
     return alpha_s * x_hat + sigma_s * (z - alpha_t * x_hat) / sigma_t
 
 
+def dpm_step(z, x_hat, logsnr_t, logsnr_s, x_hat_before, logsnr_before):
+    """DPM-Solver++(2M) step t -> s (Lu et al., 2022; not in the paper), of second order.
+
+    DDIM with x_hat at the middle of the step, extrapolated in logsnr from the step before.
+    """
+    ratio = (logsnr_s - logsnr_t) / (logsnr_t - logsnr_before)
+    x_middle = x_hat + ratio[:, None, None, None] / 2 * (x_hat - x_hat_before)
+    return ddim_step(z, x_middle, logsnr_t, logsnr_s)
+
+
 def guided(model, z, logsnr, cond, guidance):
     """v_hat with guidance (Appendix A), with and without condition in one batch.
 
@@ -70,10 +79,10 @@ def sampling_steps(model, schedule, new_noise, steps, cond=None, sampler="ancest
     """Yields (z_t, x_hat), (B, C, H, W) each, of every step; the last x_hat is the sample.
 
     model: (z, logsnr, cond) -> v_hat;  schedule: t -> logsnr (B,);  new_noise: () -> unit noise
-    (B, C, H, W);  sampler: "ancestral" or "ddim";  gamma: 0 to 1;  interval: of logsnr, outside of
-    which there is no guidance (SiD2).
+    (B, C, H, W);  sampler: "ancestral", "ddim" or "dpm";  gamma: 0 to 1;  interval: of logsnr,
+    outside of which there is no guidance (SiD2).
     """
-    z = new_noise()
+    z, before = new_noise(), None
     logsnrs = schedule(torch.linspace(1, 0, steps + 1))     # on the CPU, to test `interval`
     for i in range(steps):
         logsnr_t = logsnrs[i].to(z.device).expand(len(z))
@@ -82,10 +91,15 @@ def sampling_steps(model, schedule, new_noise, steps, cond=None, sampler="ancest
         v_hat = guided(model, z, logsnr_t, cond, guidance if inside else 1)
         x_hat = x_from_v(z, v_hat, *alpha_sigma(logsnr_t)).clamp(-1, 1)
         yield z, x_hat
-        if i < steps - 1 and sampler == "ddim":
-            z = ddim_step(z, x_hat, logsnr_t, logsnr_s)
-        elif i < steps - 1:
+        if i == steps - 1:
+            break
+        if sampler == "ancestral":
             z = ancestral_step(z, x_hat, logsnr_t, logsnr_s, gamma, new_noise())
+        elif sampler == "ddim" or i == 0:
+            z = ddim_step(z, x_hat, logsnr_t, logsnr_s)
+        else:
+            z = dpm_step(z, x_hat, logsnr_t, logsnr_s, *before)
+        before = x_hat, logsnr_t
 
 
 def sample(*args, **options):
@@ -96,61 +110,6 @@ def sample(*args, **options):
 
 
 # ---------------------------------------------------------------------------- the command
-
-@dataclass
-class Options:
-    ckpt: str = flag("", "model.pt of a run (default: the newest in runs/, else assets/flowers.pt"
-                       ", or with prompts assets/words.pt)")
-    out: str = flag("", "folder for the pictures (default: samples)")
-    n: int | None = flag(None, "pictures (default: 16, or one per prompt)", least=1, most=10**7)
-    steps: int = flag(128, "network calls per picture", least=1, most=100_000)
-    sampler: str = flag("ancestral", "ancestral or ddim", choices=("ancestral", "ddim"))
-    gamma: float = flag(0.2, "variance of ancestral steps, 0 to 1", least=0, most=1)
-    guidance: float = flag(1.0, "1 + eta of the paper; 1 is off", least=0)
-    guidance_interval: tuple[float, float] | None = flag(
-        None, "logsnr between which there is guidance (default: everywhere)",
-        metavar=("LOW", "HIGH"))
-    schedule: str | None = flag(None, "cosine, shifted or interpolated (default: as trained)",
-                                  choices=SCHEDULES)
-    label: str = flag("", "class, by name or by number from 0 (default: all in turn)")
-    prompt: list[str] = flag([], "captions, drawn in turn")
-    prompts: str = flag("", "file with a caption per line")
-    portrait: bool = flag(False, "upright pictures, from a model trained with --portrait")
-    film: bool = flag(False, "also film.png: z_t and x_hat of the first picture from t = 1 to 0")
-    seed: int = flag(0, "same seed, same pictures", least=0, most=2**63)
-    batch: int = flag(16, "pictures at a time", least=1, most=10_000)
-    compile: bool = flag(False, "compile the network, for many pictures on a GPU")
-
-
-EXAMPLES = """Draw pictures with a trained model.
-
-  python sample.py                                     16 pictures of the newest run
-  python sample.py --label "5 petals" --guidance 2     one class
-  python sample.py --prompt "a red flower"             a caption, by bundled weights
-  python sample.py --steps 24                          a fifth of the time
-"""
-
-
-def parse_options(argv):
-    """argv -> Options. Wrong input: one line, exit code 2."""
-    options = parse(Options, argv, EXAMPLES)
-    if options.prompts:
-        try:
-            lines = Path(options.prompts).read_text("utf-8-sig", "replace").splitlines()
-        except OSError as error:
-            fail(f"--prompts {options.prompts}: {error.strerror}")
-        options.prompt = options.prompt + [line for line in lines if line.strip()]
-        if not options.prompt:
-            fail(f"--prompts {options.prompts}: holds no line")
-    options.n = options.n or len(options.prompt) or 16
-    if options.guidance_interval:
-        low, high = options.guidance_interval
-        if low > high:
-            fail(f"--guidance-interval {low} {high}: the first must be the lower")
-        if options.guidance == 1:
-            fail(f"--guidance-interval {low} {high}: needs a --guidance other than 1")
-    return options
-
 
 def conditions(options, ckpt, config, classes):
     """What to draw in turn: a Condition per prompt, or per class, or one. Their fields are numbers
@@ -229,7 +188,7 @@ def draw_all(model, schedule, options, conds, res, ranks, folder):
 
 
 def main(argv=None):
-    options = parse_options(argv)
+    options = parse_sampling(argv)
     ckpt, why_chosen = options.ckpt, ""
     if not ckpt:
         ckpt, why_chosen = newest_model(with_text=bool(options.prompt))

@@ -8,6 +8,7 @@ Each formula is compared with an independent oracle: a closed form, a slow loop,
 benchmarks/mutants.py breaks the code one line at a time and shows which test turns red.
 """
 import math
+import statistics
 
 import numpy as np
 import pytest
@@ -555,8 +556,8 @@ def draw(model, count, steps, **options):
     return sampling.sample(model, schedule.logsnr_cosine, unit, steps, **options)
 
 
-all_samplers = pytest.mark.parametrize("sampler, gamma", [
-    ("ancestral", 0.0), ("ancestral", 0.2), ("ancestral", 1.0), ("ddim", 0.0)])
+FIRST_ORDER = [("ancestral", 0.0), ("ancestral", 0.2), ("ancestral", 1.0), ("ddim", 0.0)]
+all_samplers = pytest.mark.parametrize("sampler, gamma", [*FIRST_ORDER, ("dpm", 0.0)])
 
 
 @all_samplers
@@ -573,7 +574,40 @@ def test_sampler_recovers_two_points_and_their_weights(sampler, gamma):
     assert abs((x > 0).double().mean().item() - .3) < .02
 
 
-@all_samplers
+def two_gaussians(weights, means, deviation):
+    """Posterior mean of a mixture; its probability flow keeps quantiles: the exact sample."""
+    def posterior_mean(z, alpha, sigma):
+        variance = alpha**2 * deviation**2 + sigma**2
+        odds = [w * torch.exp(-(z - alpha * m) ** 2 / (2 * variance))
+                for w, m in zip(weights, means)]
+        each = [m + alpha * deviation**2 / variance * (z - alpha * m) for m in means]
+        return sum(p * x for p, x in zip(odds, each)) / sum(odds)
+
+    def exact_sample(z):
+        """x with the same quantile among the data as z has in unit noise, by bisection."""
+        normal, low, high = statistics.NormalDist(), -2.0, 2.0
+        for _ in range(60):
+            x = (low + high) / 2
+            below = sum(w * normal.cdf((x - m) / deviation) for w, m in zip(weights, means))
+            low, high = (x, high) if below < normal.cdf(z) else (low, x)
+        return x
+    return Exact(posterior_mean), exact_sample
+
+
+@pytest.mark.parametrize("sampler, order", [("ddim", 1), ("dpm", 2)])
+def test_half_the_step_makes_the_error_2_to_the_order_smaller(sampler, order):
+    model, exact_sample = two_gaussians((.4, .6), (-.4, .35), .2)
+    start = torch.linspace(-1.5, 1.5, 31, dtype=torch.float64)[:, None, None, None]
+    exact = torch.tensor([exact_sample(z) for z in start.flatten().tolist()])
+    uniform = lambda t: 15 - 30 * t.double()            # steps of logsnr of equal length
+    drawn = [sampling.sample(model, uniform, lambda: start, steps, sampler=sampler).flatten()
+             for steps in (40, 80, 160)]
+    errors = [(x - exact).square().mean().sqrt().item() for x in drawn]
+    for coarse, fine in zip(errors, errors[1:]):
+        assert abs(math.log2(coarse / fine) - order) < .3, errors
+
+
+@pytest.mark.parametrize("sampler, gamma", FIRST_ORDER)
 def test_sampler_steps_are_those_of_bayes_rule(sampler, gamma):
     """A few coarse steps on Gaussian data, where z stays Gaussian: mean and variance by recursion.
 

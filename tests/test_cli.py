@@ -139,7 +139,7 @@ def test_written_is_what_the_user_would_type():
 
 @pytest.mark.parametrize("kind, command", [
     (Config, lambda argv: cli.parse(Config, argv, "Draw a flower.")),
-    (config_module.Config, train.main), (sampling.Options, sampling.main)],
+    (config_module.Config, train.main), (config_module.SamplingOptions, sampling.main)],
     ids=["example", "train.py", "sample.py"])
 def test_help_lists_every_option_with_its_default_and_all_other_fields_under_set(
         kind, command, capsys):
@@ -168,7 +168,7 @@ def test_train_lists_about_20_options_and_every_field_says_what_it_is():
     fields = dataclasses.fields(config_module.Config)
     listed = [field for field in fields if field.metadata["listed"]]
     assert 15 <= len(listed) <= 25
-    for field in [*dataclasses.fields(config_module.Config), *dataclasses.fields(sampling.Options)]:
+    for field in [*dataclasses.fields(config_module.Config), *dataclasses.fields(config_module.SamplingOptions)]:
         assert re.search(r"\w", field.metadata["help"]) and cli.value_type(field) in cli.READERS
 
 
