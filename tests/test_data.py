@@ -236,6 +236,7 @@ def test_unfit_files_are_named_with_the_reason_and_nothing_hangs(tmp_path):
     for name, why in UNFIT.items():
         assert why in dataset.broken[name], name
     assert all(why.isprintable() for why in dataset.broken.values())
+    assert data.reason(ValueError("two\nlines")) == r"ValueError: two\nlines"
 
 
 def test_unreadable_files_and_folders_are_named(tmp_path, monkeypatch):
