@@ -609,6 +609,8 @@ def test_ablations_changes_of_a_finding_reach_the_trainer(tmp_path, monkeypatch)
     for row in ("off", "on"):
         config = fit("multiscale", 512, row)
         assert (config.schedule, config.multiscale) == ("shifted", row == "on")
+    network = fit("schedule", 288, "cosine").network_settings(0)       # two levels of wavelet
+    assert network["widths"] == (48, 48, 48, 128)
     config = fit("dropout", 72, "from 36")
     assert (config.dropout, config.dropout_res, config.flip) == (.2, 36, False)
     assert config.data == str(tmp_path / "few-72")

@@ -32,6 +32,19 @@ def interrupt(file):
     raise KeyboardInterrupt     # raised, not sent: a job in the background ignores Ctrl-C
 
 
+@pytest.mark.parametrize("of_the_disk", [True, False])
+def test_words_of_the_disk_are_raised_also_if_torch_save_hides_them(tmp_path, of_the_disk):
+    def write_to(file):
+        try:
+            raise OSError(28, "No space left on device") if of_the_disk else KeyError("weight")
+        except (OSError, KeyError):
+            raise RuntimeError("unexpected pos 64 vs 0")    # as torch.save does it
+    expected, words = (OSError, "No space left") if of_the_disk else (RuntimeError, "unexpected")
+    with pytest.raises(expected, match=words):
+        checkpoint.write(tmp_path / "model.pt", write_to)
+    assert not list(tmp_path.iterdir())
+
+
 def test_write_replaces_in_one_step_or_not_at_all(tmp_path):
     file = tmp_path / "file"
     checkpoint.write(file, lambda part: part.write(b"old"))

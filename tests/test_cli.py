@@ -1,6 +1,9 @@
 """cli.py: a command line from the fields of a dataclass."""
 import dataclasses
+import os
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -10,7 +13,7 @@ import cli
 import sample as sampling
 import train
 from cli import option
-from tests.helpers import one_line
+from tests.helpers import HERE, PYTHON, one_line
 
 
 @dataclass
@@ -181,3 +184,20 @@ def test_an_error_is_one_line_and_without_a_traceback_and_once_a_node(monkeypatc
         with pytest.raises(SystemExit) as stop:
             cli.fail("no GPU", 1, every_rank=every_rank)
         assert stop.value.code == 1 and capsys.readouterr().err == words
+
+
+# ---------------------------------------------------------------------------- output
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
+@pytest.mark.parametrize("output", ["reader gone", "/dev/full"])
+def test_output_that_nobody_can_take_does_not_end_a_program(tmp_path, output):
+    code = ("import sys, pathlib, cli; sys.stdout = cli.IgnoreBrokenPipe(sys.stdout); "
+            f"print('one'); print('two'); pathlib.Path({str(tmp_path / 'done')!r}).touch()")
+    if output == "reader gone":
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open(output, os.O_WRONLY)
+    done = subprocess.run([*PYTHON, "-c", code], cwd=HERE, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"") and (tmp_path / "done").exists()

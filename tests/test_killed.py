@@ -35,12 +35,9 @@ def test_killed_and_resumed_equals_unbroken_to_the_last_bit(tmp_path, unbroken, 
 
 
 @linux
-@pytest.mark.parametrize("number, flags", [(signal.SIGTERM, []),
-                                           (signal.SIGINT, ["--set", "workers=2"])],
-                         ids=["SIGTERM", "Ctrl-C"])
-def test_sigterm_and_ctrl_c_save_and_leave_with_code_0_within_one_step(
-        tmp_path, unbroken, number, flags):
-    command = [*PYTHON, TRAIN, *RUN, tmp_path, *flags]
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_sigterm_and_ctrl_c_save_and_leave_with_code_0_within_one_step(tmp_path, unbroken, number):
+    command = [*PYTHON, TRAIN, *RUN, tmp_path, "--set", "workers=2"]     # sent to these, too
     process = start_script(*command, "--save-every", "1000")
     wait_for(lambda: "loss=" in process.said(), process)
     os.killpg(process.pid, number)
@@ -156,6 +153,18 @@ def test_run_leaves_no_file_process_or_open_file_behind(tmp_path, little, monkey
     run_train(tmp_path / "run", "--steps", "6", "--sample-every", "2", *common, "workers=2")
     assert len(os.listdir("/proc/self/fd") if before else []) <= len(before)
     assert not multiprocessing.active_children() and not list(tmp_path.rglob("*.part"))
-    (tmp_path / "run/ckpt-00000007.pt.part").write_bytes(b"left by a kill")
+    for name in ("ckpt-00000099.pt", "model.pt", "grid-0000099.png"):
+        (tmp_path / f"run/{name}.part").write_bytes(b"left by a kill")
+    opened, lock = [], run.lock
+    monkeypatch.setattr(run, "lock", lambda *args: opened.append(lock(*args)) or opened[0])
     run_train(tmp_path / "run", "--steps", "7")
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob("*.part")) and opened[0].closed
+
+
+def test_lines_of_the_log_after_the_last_checkpoint_are_written_anew(tmp_path, little):
+    run_train(tmp_path, "--steps", "2")
+    with open(tmp_path / "log.jsonl", "a") as log:      # left by a process that was killed
+        log.write('{"step": 3, "loss": 9.0}\n{"step": 4, "lo')
+    run_train(tmp_path, "--steps", "4")
+    lines = log_lines(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4] and lines[2]["loss"] != 9

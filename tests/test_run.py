@@ -206,6 +206,19 @@ def test_bias_reaches_the_weight_of_sid2_and_is_of_no_other_loss(
 
 # ---------------------------------------------------------------------------- gradients, weights
 
+def test_losses_that_are_not_finite_are_left_out_of_the_mean(tmp_path, little, monkeypatch):
+    honest, seen = train.diffusion_loss, []
+
+    def poisoned(*args, **options):
+        loss = honest(*args, **options)
+        seen.append(loss.item())
+        return loss * (math.nan if len(seen) == 2 else 1)
+    monkeypatch.setattr(train, "diffusion_loss", poisoned)
+    run_train(tmp_path, "--steps", "1", "--accum", "2")
+    (line,) = log_lines(tmp_path)
+    assert line["loss"] == pytest.approx(seen[0]) and line["skipped"] == 1
+
+
 def test_training_leaves_no_graph_behind(tmp_path, little, monkeypatch):
     """The EMA is plain weights: were it part of a graph, every step would keep some memory."""
     kept, honest = [], torch._foreach_lerp_
