@@ -868,8 +868,15 @@ HOUSE = [     # conditions, the command line, ranks, a run and its files, older 
      "numbers_in_a_file"),
 ]
 
+LAPTOP = [
+    ("data.py", "return x.float() / 127.5 - 1", "return x.float() / 128 - 1", "hand_over_bytes"),
+    ("data.py", "(torch.stack(x) + 1) * 127.5).round()", "(torch.stack(x) + 1) * 127.5)",
+     "hand_over_bytes"),
+]
+
+
 LISTS = dict(formulas=FORMULAS, trainer=TRAINER, survival=SURVIVAL, words=WORDS, findings=FINDINGS,
-             anywhere=ANYWHERE, house=HOUSE)
+             anywhere=ANYWHERE, house=HOUSE, laptop=LAPTOP)
 
 
 def copy_of_the_repository(folder):
