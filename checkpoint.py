@@ -129,7 +129,7 @@ def load_model(path, device):
         if str(error).startswith("t5:"):
             raise
         raise ValueError(f"{path}: its weights are not those of the network it describes")
-    return model.to(device, torch.float32).eval().requires_grad_(False), saved
+    return model.to(device, torch.float32).eval(), saved
 
 
 def newest_model(with_text):

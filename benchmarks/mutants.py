@@ -869,6 +869,7 @@ HOUSE = [     # conditions, the command line, ranks, a run and its files, older 
 ]
 
 LAPTOP = [
+    ("checkpoint.py", ".eval(), saved", ".eval().requires_grad_(False), saved", "casts_each"),
     ("data.py", "return x.float() / 127.5 - 1", "return x.float() / 128 - 1", "hand_over_bytes"),
     ("data.py", "(torch.stack(x) + 1) * 127.5).round()", "(torch.stack(x) + 1) * 127.5)",
      "hand_over_bytes"),

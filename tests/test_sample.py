@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
 import data
@@ -251,3 +252,28 @@ def test_sample_takes_the_newest_run(tmp_path, trained_run, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     sampling.main(["--n", "1", "--steps", "1"])
     assert "runs/new/model.pt" in capsys.readouterr().out
+
+
+class Casts(TorchDispatchMode):
+    """Counts how often these weights are cast to bfloat16."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.places, self.count = {weight.data_ptr() for weight in weights}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.places:
+            self.count += kwargs.get("dtype") == torch.bfloat16
+        return function(*args, **(kwargs or {}))
+
+
+def test_autocast_casts_each_weight_once_however_many_steps_there_are(trained_run):
+    """It keeps the casts of weights that take gradients only."""
+    model, saved = checkpoint.load_model(trained_run / "model.pt", "cpu")
+    unit = lambda: torch.randn(2, 3, 32, 32)
+    counts = []
+    for steps in (1, 5):
+        with torch.autocast("cpu", torch.bfloat16), Casts(model.parameters()) as casts:
+            sampling.sample(model, schedule.logsnr_cosine, unit, steps, condition([0, 1]))
+        counts.append(casts.count)
+    assert counts[0] == counts[1] > 10, counts
