@@ -155,7 +155,7 @@ def draw_batch(model, schedule, options, conds, numbers, res, device, folder, ba
     film_steps = {round(k * (options.steps - 1) / 8) for k in range(9)}
     frames = []                                             # z_t and x_hat of the first picture
     for i, (z, x_hat) in enumerate(tqdm(steps, "sampling", options.steps, disable=not bar,
-                                        leave=False)):
+                                        leave=False)):      # the last x_hat: the pictures
         if options.film and 0 in numbers and i in film_steps:
             frames.append((z[:1].cpu(), x_hat[:1].cpu()))
 
@@ -171,7 +171,7 @@ def draw_batch(model, schedule, options, conds, numbers, res, device, folder, ba
 
 
 def draw_all(model, schedule, options, conds, res, ranks, folder):
-    """Draw all pictures. Under torchrun, batch k is drawn by rank k mod world, but is the same."""
+    """Draw all pictures, batch k by rank k mod world: the same pictures on any number of ranks."""
     for start in range(options.batch * ranks.rank, options.n, options.batch * ranks.world):
         numbers = range(start, min(start + options.batch, options.n))
         if not folder.has(numbers):                 # skip what a stopped command has drawn

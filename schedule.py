@@ -3,10 +3,10 @@
     z_t = alpha_t x + sigma_t eps,  alpha_t^2 + sigma_t^2 = 1                       (Eq. 1)
     logsnr(t) = log(alpha_t^2 / sigma_t^2),  t = 0 is data, t = 1 is noise
 
-Averaging s x s pixels multiplies the signal-to-noise ratio by s^2 (Eq. 4). Under one schedule the
-coarse content of a large picture therefore survives for nearly all t, and little of the training is
-spent on it. Lowering logsnr by 2 log(d / noise_d) undoes this: averaged down to noise_d x noise_d,
-a d x d picture is then as noisy as one of that size under the cosine schedule (Eq. 5).
+Averaging s x s pixels multiplies the signal-to-noise ratio by s^2 (Eq. 4). With the same schedule
+at every size, the coarse content of a large picture is visible at nearly all t, so that few t train
+the network to draw it. Lowering logsnr by 2 log(d / noise_d) undoes this: averaged to noise_d x
+noise_d, a d x d picture is then as noisy as one of that size with the cosine schedule (Eq. 5).
 The network's only time input is logsnr. `python figures.py` draws these curves.
 """
 import math

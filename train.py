@@ -3,10 +3,10 @@
     python train.py                              flowers at 64 x 64, on any machine
     torchrun --nproc_per_node=8 train.py --res 512 --data PATH
 
-`train` is the recipe. Every training example has a number, which counts on from epoch to epoch.
-Which picture it is, its t and its noise depend only on the seed and this number. So the gradient is
-the same, up to rounding and dropout masks, on one GPU or many and however many parts a batch is
-computed in (gradient accumulation), and a resumed run is the same as one that never stopped.
+`train` is the recipe. The n-th training example, counted over all epochs, has its picture, its t
+and its noise fixed by the seed and n. So the gradient is the same, up to rounding and dropout
+masks, on one GPU or many and however many parts a batch is computed in (gradient accumulation), and
+a resumed run is the same as one that never stopped.
 Options are in config.py, processes in ranks.py; a Run (run.py) hands out batches, logs and saves.
 """
 import copy
@@ -93,7 +93,7 @@ def train(config, ranks):
     # Entering a Run loads the last checkpoint, if there is one, into model, EMA and optimizer.
     with Run(config, ranks, dataset, settings, model, ema_model, optimizer, parts) as run:
         wrapped = ranks.wrap(model, config)             # compiled, and DDP
-        run.try_memory(wrapped, loss_fn)            # a trial pass: more parts if it does not fit
+        run.try_memory(wrapped, loss_fn)            # tries the estimate: more parts if need be
 
         for step in run.steps():                        # from the last checkpoint on
             for group in optimizer.param_groups:
@@ -104,7 +104,7 @@ def train(config, ranks):
             for numbers, x, cond, is_last in run.parts_of_batch(step):
                 # t, u ~ U(0, 1), eps ~ N(0, 1)
                 t, eps, u = draw_noise(config.seed, numbers, config.res, ranks.device)
-                cond = cond.dropped(u < config.drop_label)      # u decides; for guidance
+                cond = cond.dropped(u < config.drop_label)      # 10%, for guidance
                 with ranks.no_sync(wrapped, unless=is_last):
                     with ranks.autocast(config.bf16):
                         loss = loss_fn(wrapped, x, t, eps, cond=cond)
@@ -123,7 +123,7 @@ def main(argv=None):
         ranks = Ranks()
     except ValueError as error:
         fail(error, every_rank=True)
-    divisor = ranks.world * (config.accum or 1)         # or as agree_on_parts chooses
+    divisor = ranks.world * (config.accum or 1)         # else they are chosen
     if config.batch % divisor:
         by_parts = f" x --accum {config.accum}" if config.accum else ""
         fail(f"--batch {config.batch}: must be a multiple of {divisor}, {ranks.world} ranks"

@@ -44,7 +44,7 @@ PRESETS = {     # widths at 128, 64, 32, 16; ResBlocks at 128, 64, 32; transform
 
 
 class Condition(NamedTuple):
-    """What the network is told besides z_t and logsnr. None: -1 or 0 for all pictures."""
+    """What the network is told besides z_t and logsnr. None: no class, no portrait, no caption."""
     label: torch.Tensor | None = None       # (B,) class from 0; -1: no class
     portrait: torch.Tensor | None = None    # (B,) 1: a portrait, rotated to landscape; 0: not
     tokens: torch.Tensor | None = None      # (B, L) caption, padded with 0; all 0: no caption
@@ -152,6 +152,7 @@ class Embedding(nn.Module):
             if text_width else None
 
     def forward(self, logsnr, cond=Condition(), encoded=None):
+        """encoded: a caption's features (B, L, T) and mask (B, L), at least one token each."""
         # logsnr spans about 30: periods from 1 to 100. (MPS has no logspace.)
         periods = 10 ** torch.linspace(0, 2, self.emb_dim // 2, device=logsnr.device)
         angle = 2 * math.pi * logsnr[:, None] / periods
@@ -163,7 +164,7 @@ class Embedding(nn.Module):
             rotated = torch.zeros_like(logsnr).long() if cond.portrait is None else cond.portrait
             h = h + self.portrait(rotated)
         if self.text is not None:
-            caption, mask = encoded         # (B, L, T); (B, L), at least one 1 in each row
+            caption, mask = encoded
             h = h + self.text((caption * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
         return F.silu(h)
 
@@ -198,9 +199,8 @@ def sine_positions(width, H, W):
 
 
 def stages(widths, blocks, halvings):
-    """The last `halvings` stages of a preset: halvings + 1 widths (the last is the transformer's)
-    and halvings numbers of ResBlocks. If there are too few (patch "none" at 256), the first stage
-    is repeated.
+    """Widths and blocks from the largest map on: a preset's columns are 128, 64, 32, 16, and a
+    64 x 64 picture starts at 64. Larger maps (patch "none" at 256) are as that of 128.
     """
     while len(blocks) < halvings:
         widths, blocks = widths[:1] + widths, blocks[:1] + blocks
@@ -220,7 +220,7 @@ class UViT(nn.Module):
     text: None, or an encoder of captions, which brings its cross-attention block (text.py).
     """
 
-    skip_per_block = True           # a variant in sid2.py has one per stage
+    skip_per_block = True           # sid2.py: one per stage, by its own go_down and go_up
 
     def __init__(self, res, widths, blocks, depth, head_dim, emb_dim, dropout=0.0,
                  position_init="gauss", patch="dwt", largest_map=128, dropout_res=16, classes=0,
