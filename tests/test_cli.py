@@ -171,7 +171,7 @@ def test_train_lists_about_20_options_and_every_field_says_what_it_is():
     fields = dataclasses.fields(config_module.Config)
     listed = [field for field in fields if field.metadata["listed"]]
     assert 15 <= len(listed) <= 25
-    for field in [*dataclasses.fields(config_module.Config), *dataclasses.fields(config_module.SamplingOptions)]:
+    for field in [*fields, *dataclasses.fields(config_module.SamplingOptions)]:
         assert re.search(r"\w", field.metadata["help"]) and cli.value_type(field) in cli.READERS
 
 
