@@ -33,7 +33,7 @@ COLOURS = "#1f5fa8", "#b3401f", "#2c8a4b", "#8a5a2c", "#7a3f9d", "#c08a1e", "#55
 
 def plot(curves, size, x_range, y_range, title, ticks=lambda y: f"{y:g}"):
     """Curves as a PIL picture. curves: {name: (x (N,), y (N,), colour)}; ticks: labels of y."""
-    w, h, scale, margin = size[0] * 4, size[1] * 4, 4, 150        # drawn at 4x, then reduced
+    w, h, scale, margin = size[0] * 4, size[1] * 4, 4, 190        # drawn at 4x, then reduced
     sheet = Image.new("RGB", (w, h), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13 * scale)
     (left, right), (low, high) = x_range, y_range
