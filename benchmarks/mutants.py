@@ -869,6 +869,12 @@ HOUSE = [     # conditions, the command line, ranks, a run and its files, older 
 ]
 
 LAPTOP = [
+    ("benchmarks/samplers.py", "schedule(u**p)", "schedule(u)", "spacings_of"),
+    ("benchmarks/samplers.py", "END + u * (first - END)", "first + u * (END - first)",
+     "spacings_of"),
+    ("benchmarks/samplers.py", "-2 * rho * torch.log", "-rho * torch.log", "spacings_of"),
+    ("benchmarks/samplers.py", "float(gamma or 0)", "0.0", "row_of_samplers"),
+    ("benchmarks/samplers.py", "min(first + 20, args.n)", "first + 20", "row_of_samplers"),
     ("checkpoint.py", ".eval(), saved", ".eval().requires_grad_(False), saved", "casts_each"),
     ("data.py", "return x.float() / 127.5 - 1", "return x.float() / 128 - 1", "hand_over_bytes"),
     ("data.py", "(torch.stack(x) + 1) * 127.5).round()", "(torch.stack(x) + 1) * 127.5)",

@@ -12,6 +12,7 @@ import arguments
 import mutants
 import numpy as np
 import pytest
+import samplers
 import score
 import torch
 import torch.nn.functional as F
@@ -633,6 +634,38 @@ def test_ablations_few_pictures_are_256_flowers_by_class(tmp_path):
     few = data.Pictures(folder, 24)
     assert len(few.names) == 256 and few.classes == [f"{k:02d} petals" for k in range(3, 13)]
     assert not list(Path(folder).rglob("*.part"))
+
+
+# ---------------------------------------------------------------------------- samplers.py
+
+def test_spacings_of_sampling_steps_are_even_in_what_they_are_named_after():
+    u, cosine = torch.linspace(1, 0, 9, dtype=torch.float64), schedule.logsnr_cosine
+    assert torch.equal(samplers.spaced(cosine, "t")(u), cosine(u))
+    assert torch.equal(samplers.spaced(cosine, "t^2")(u), cosine(u**2))
+    ratio = {"logsnr": lambda logsnr: logsnr,               # of these, all differences are equal
+             "karras7": lambda logsnr: torch.exp(-logsnr / 2) ** (1 / 7)}
+    for name, even in ratio.items():
+        logsnr = samplers.spaced(cosine, name)(u)
+        assert abs(logsnr[0] + 15) < 1e-4 and abs(logsnr[-1] - samplers.END) < 1e-4
+        steps = even(logsnr).diff()
+        assert (steps / steps.mean() - 1).abs().max() < 1e-4, name
+
+
+def test_a_row_of_samplers_counts_calls_and_scores(tmp_path, trained_run, monkeypatch):
+    calls, honest = [], samplers.sample
+    monkeypatch.setattr(samplers, "sample", lambda *args: calls.append(args[3:]) or honest(*args))
+    monkeypatch.setattr(samplers.score, "TRUTH", 20)
+    command = ["--ckpt", str(trained_run / "model.pt"), "--n", "30", "--guidance", "1",
+               "--rows", "ancestral0.2 t 2", "dpm t^2 3", "--out", str(tmp_path / "table.md")]
+    monkeypatch.setattr(sys, "argv", ["samplers.py", *command])
+    samplers.main()
+    # Batches of 20 and 10; what a call gets: steps, cond, sampler, gamma, guidance.
+    assert [(args[0], len(args[1].label), *args[2:]) for args in calls] == [
+        (2, 20, "ancestral", .2, 1), (2, 10, "ancestral", .2, 1),
+        (3, 20, "dpm", 0, 1), (3, 10, "dpm", 0, 1)]
+    rows = [line.split(" | ") for line in (tmp_path / "table.md").read_text().splitlines()[2:]]
+    assert [row[0] for row in rows] == ["| ancestral0.2 t 2", "| dpm t^2 3"]
+    assert all(row[2] == "30" and 0 <= float(row[3].rstrip("%")) <= 100 for row in rows)
 
 
 # ---------------------------------------------------------------------------- mutants.py
