@@ -129,6 +129,7 @@ def load_model(path, device):
         if str(error).startswith("t5:"):
             raise
         raise ValueError(f"{path}: its weights are not those of the network it describes")
+    # Its weights take gradients: of those alone autocast keeps the cast to bfloat16.
     return model.to(device, torch.float32).eval(), saved
 
 

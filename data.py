@@ -39,18 +39,9 @@ def load_dataset(config):
 
 
 def collate(items):
-    """Items of a dataset -> x (B, 3, H, W) uint8, a Condition of tensors, {skipped file: why}.
-
-    Loader processes hand over a quarter of the bytes of float32; `from_uint8` undoes it.
-    """
+    """Items of a dataset -> x (B, 3, H, W), a Condition of tensors, {skipped file: why}."""
     x, conditions, skipped = zip(*items)
-    x = ((torch.stack(x) + 1) * 127.5).round().to(torch.uint8)
-    return x, stacked(conditions), dict(ChainMap(*skipped))
-
-
-def from_uint8(x):
-    """0 to 255 -> float32 in [-1, 1], on the device where x is."""
-    return x.float() / 127.5 - 1
+    return torch.stack(x), stacked(conditions), dict(ChainMap(*skipped))
 
 
 def stacked(conditions):

@@ -1,8 +1,8 @@
 """Sampling (Appendix A): ancestral steps, DDIM and DPM-Solver++, guidance; `python sample.py`.
 
 Sampling starts from unit noise at t = 1 and goes down a uniform grid of times to t = 0. A step from
-t to s < t calls the network once, for x_hat, and draws z_s from z_t and x_hat. The last step
-returns x_hat itself.
+t to s < t calls the network once, for x_hat, and draws z_s from z_t and x_hat (DPM-Solver++ also
+from the x_hat before). The last step returns x_hat itself.
 """
 import math
 import signal
@@ -82,6 +82,7 @@ def sampling_steps(model, schedule, new_noise, steps, cond=None, sampler="ancest
     (B, C, H, W);  sampler: "ancestral", "ddim" or "dpm";  gamma: 0 to 1;  interval: of logsnr,
     outside of which there is no guidance (SiD2).
     """
+    assert sampler in ("ancestral", "ddim", "dpm"), f"no sampler {sampler!r}"
     z, before = new_noise(), None
     logsnrs = schedule(torch.linspace(1, 0, steps + 1))     # on the CPU, to test `interval`
     for i in range(steps):
@@ -95,11 +96,11 @@ def sampling_steps(model, schedule, new_noise, steps, cond=None, sampler="ancest
             break
         if sampler == "ancestral":
             z = ancestral_step(z, x_hat, logsnr_t, logsnr_s, gamma, new_noise())
-        elif sampler == "ddim" or i == 0:
-            z = ddim_step(z, x_hat, logsnr_t, logsnr_s)
+        elif sampler == "ddim" or before is None or before[2] != inside:    # guidance on or off:
+            z = ddim_step(z, x_hat, logsnr_t, logsnr_s)                     # x_hat jumps
         else:
-            z = dpm_step(z, x_hat, logsnr_t, logsnr_s, *before)
-        before = x_hat, logsnr_t
+            z = dpm_step(z, x_hat, logsnr_t, logsnr_s, *before[:2])
+        before = x_hat, logsnr_t, inside
 
 
 def sample(*args, **options):

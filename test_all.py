@@ -607,6 +607,28 @@ def test_half_the_step_makes_the_error_2_to_the_order_smaller(sampler, order):
         assert abs(math.log2(coarse / fine) - order) < .3, errors
 
 
+def test_dpm_step_is_ddim_with_x_hat_of_the_middle_of_the_step_in_logsnr():
+    """x_hat is linear in logsnr here; the steps are of unequal length."""
+    z, a, b = torch.randn(3, 2, 1, 4, 4, dtype=torch.float64)
+    of = lambda logsnr: a + b * logsnr
+    before, t, s = (torch.full((2,), logsnr, dtype=torch.float64) for logsnr in (-5., -4., -1.))
+    stepped = sampling.dpm_step(z, of(-4.), t, s, of(-5.), before)
+    assert torch.allclose(stepped, sampling.ddim_step(z, of(-2.5), t, s))
+
+
+def test_dpm_takes_a_step_of_ddim_where_guidance_begins_or_ends(monkeypatch):
+    """x_hat jumps there, which is no slope."""
+    used, steps = [], 12
+    monkeypatch.setattr(sampling, "ddim_step", lambda z, *args: used.append("ddim") or z)
+    monkeypatch.setattr(sampling, "dpm_step", lambda z, *args: used.append("dpm") or z)
+    sampling.sample(ClassAsNumber(), schedule.logsnr_cosine, lambda: torch.zeros(2, 1, 1, 1), steps,
+                    condition([3, 4]), "dpm", guidance=2.0, interval=(-2.0, 1.0))
+    logsnr = np_logsnr_cosine([1 - i / steps for i in range(steps)])
+    inside = [-2 <= value <= 1 for value in logsnr]
+    jumps = [i == 0 or inside[i] != inside[i - 1] for i in range(steps - 1)]
+    assert sum(jumps) == 3 and used == ["ddim" if jump else "dpm" for jump in jumps]
+
+
 @pytest.mark.parametrize("sampler, gamma", FIRST_ORDER)
 def test_sampler_steps_are_those_of_bayes_rule(sampler, gamma):
     """A few coarse steps on Gaussian data, where z stays Gaussian: mean and variance by recursion.

@@ -86,7 +86,7 @@ def prepare(config, ranks, loss_fn):
 def train(config, ranks):
     loss_fn = loss_function(config)
     dataset, parts, settings, model = prepare(config, ranks, loss_fn)
-    ema_model = copy.deepcopy(model).eval()
+    ema_model = copy.deepcopy(model).eval().requires_grad_(False)
     ranks.place(model, ema_model, config)       # to this rank's GPU; with --shard a share of each
     optimizer = torch.optim.Adam(model.parameters(), config.lr, betas=(0.9, 0.99), eps=1e-12,
                                  fused=True)

@@ -52,7 +52,7 @@ import train
 import uvit
 from checkpoint import build_network, load_model, write
 from cli import Parser, fail
-from data import Pictures, collate, from_uint8, grid, to_uint8
+from data import Pictures, collate, grid, to_uint8
 from flowers import Flowers, draw_flower
 from loss import x_from_v
 from noise import picture_noise
@@ -185,7 +185,6 @@ def validate(model, res, count=64, device="cpu", pictures=None):
     """-> rms error of x_hat (2, levels): averaged, and as it is. pictures: default new flowers."""
     pictures = pictures or Flowers(res, seed=1_000_003)
     x, cond, _ = collate([pictures[n] for n in range(count)])
-    x = from_uint8(x)
     eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     errors = []
     with torch.no_grad():

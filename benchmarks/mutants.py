@@ -7,6 +7,7 @@
     python benchmarks/mutants.py findings         scores, ablations, the paper's arguments, the film
     python benchmarks/mutants.py anywhere         parts by the memory, the default model
     python benchmarks/mutants.py house            conditions, command line, ranks, files, --init
+    python benchmarks/mutants.py laptop           fewer and cheaper steps of sampling
     python benchmarks/mutants.py words trainer    both
     python benchmarks/mutants.py all --jobs 4     all, four at a time
 
@@ -185,6 +186,10 @@ FORMULAS = [  # schedule, wavelet, losses, samplers, network
     ("sample.py", "if i == steps - 1:", "if i == steps - 2:", "bayes_rule"),
     ("sample.py", 'elif sampler == "ddim" or', 'elif sampler != "ddim" or', "half_the_step"),
     ("sample.py", "/ (logsnr_t - logsnr_before)", "/ (logsnr_s - logsnr_before)", "half_the_step"),
+    ("sample.py", "ratio = (logsnr_s - logsnr_t) / (logsnr_t - logsnr_before)",
+     "ratio = (logsnr_t - logsnr_before) / (logsnr_s - logsnr_t)", "middle_of_the_step"),
+    ("sample.py", "x_hat + ratio[:, None, None, None] / 2", "x_hat + .5", "middle_of_the_step"),
+    ("sample.py", " or before[2] != inside:", ":", "begins_or_ends"),
     ("sample.py", "None] / 2 * (x_hat - x_hat_before)", "None] * (x_hat - x_hat_before)",
      "half_the_step"),
     ("sample.py", "* (x_hat - x_hat_before)", "* (x_hat_before - x_hat)", "half_the_step"),
@@ -876,9 +881,6 @@ LAPTOP = [
     ("benchmarks/samplers.py", "float(gamma or 0)", "0.0", "row_of_samplers"),
     ("benchmarks/samplers.py", "min(first + 20, args.n)", "first + 20", "row_of_samplers"),
     ("checkpoint.py", ".eval(), saved", ".eval().requires_grad_(False), saved", "casts_each"),
-    ("data.py", "return x.float() / 127.5 - 1", "return x.float() / 128 - 1", "hand_over_bytes"),
-    ("data.py", "(torch.stack(x) + 1) * 127.5).round()", "(torch.stack(x) + 1) * 127.5)",
-     "hand_over_bytes"),
 ]
 
 

@@ -652,17 +652,22 @@ def test_spacings_of_sampling_steps_are_even_in_what_they_are_named_after():
 
 
 def test_a_row_of_samplers_counts_calls_and_scores(tmp_path, trained_run, monkeypatch):
-    calls, honest = [], samplers.sample
-    monkeypatch.setattr(samplers, "sample", lambda *args: calls.append(args[3:]) or honest(*args))
+    calls, drawn, honest, noise = [], [], samplers.sample, samplers.picture_noise
+    monkeypatch.setattr(samplers, "picture_noise", lambda *args: drawn.append(args) or noise(*args))
+    monkeypatch.setattr(samplers, "sample", lambda *args: calls.append(args[1:]) or honest(*args))
     monkeypatch.setattr(samplers.score, "TRUTH", 20)
     command = ["--ckpt", str(trained_run / "model.pt"), "--n", "30", "--guidance", "1",
                "--rows", "ancestral0.2 t 2", "dpm t^2 3", "--out", str(tmp_path / "table.md")]
     monkeypatch.setattr(sys, "argv", ["samplers.py", *command])
     samplers.main()
-    # Batches of 20 and 10; what a call gets: steps, cond, sampler, gamma, guidance.
-    assert [(args[0], len(args[1].label), *args[2:]) for args in calls] == [
+    # Batches of 20 and 10; of a call: schedule, noise, steps, cond, sampler, gamma, guidance.
+    assert [(args[2], len(args[3].label), *args[4:]) for args in calls] == [
         (2, 20, "ancestral", .2, 1), (2, 10, "ancestral", .2, 1),
         (3, 20, "dpm", 0, 1), (3, 10, "dpm", 0, 1)]
+    u, trained = torch.tensor([.5]), schedule.logsnr_shifted
+    assert torch.equal(calls[0][0](u), trained(u, 32)) \
+        and torch.equal(calls[2][0](u), trained(u**2, 32))
+    assert drawn == [(1, n, 32, "cpu") for n in (range(20), range(20, 30))] * 2
     rows = [line.split(" | ") for line in (tmp_path / "table.md").read_text().splitlines()[2:]]
     assert [row[0] for row in rows] == ["| ancestral0.2 t 2", "| dpm t^2 3"]
     assert all(row[2] == "30" and 0 <= float(row[3].rstrip("%")) <= 100 for row in rows)
