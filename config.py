@@ -164,10 +164,12 @@ class SamplingOptions:
                        ", or with prompts assets/words.pt)")
     out: str = flag("", "folder for the pictures (default: samples)")
     n: int | None = flag(None, "pictures (default: 16, or one per prompt)", least=1, most=10**7)
-    steps: int = flag(128, "network calls per picture", least=1, most=100_000)
-    sampler: str = flag("ancestral", "ancestral, ddim or dpm (DPM-Solver++)",
-                        choices=("ancestral", "ddim", "dpm"))
-    gamma: float = flag(0.2, "variance of ancestral steps, 0 to 1", least=0, most=1)
+    sampler: str = flag("dpm", "dpm (DPM-Solver++), or ancestral (the paper's), or ddim",
+                        choices=("dpm", "ancestral", "ddim"))
+    steps: int | None = flag(None, "network calls per picture (default: 24; 128 for ancestral and "
+                             "ddim)", least=1, most=100_000)
+    gamma: float | None = flag(None, "variance of ancestral steps, 0 to 1 (default: 0.2)", least=0,
+                               most=1)
     guidance: float = flag(1.0, "1 + eta of the paper; 1 is off", least=0)
     guidance_interval: tuple[float, float] | None = flag(
         None, "logsnr between which there is guidance (default: everywhere)",
@@ -189,7 +191,7 @@ SAMPLING_EXAMPLES = """Draw pictures with a trained model.
   python sample.py                                     16 pictures of the newest run
   python sample.py --label "5 petals" --guidance 2     one class
   python sample.py --prompt "a red flower"             a caption, by bundled weights
-  python sample.py --steps 24                          a fifth of the time
+  python sample.py --sampler ancestral                 the paper's sampler, 128 steps
 """
 
 
@@ -204,6 +206,10 @@ def parse_sampling(argv):
         options.prompt = options.prompt + [line for line in lines if line.strip()]
         if not options.prompt:
             fail(f"--prompts {options.prompts}: holds no line")
+    if options.gamma is not None and options.sampler != "ancestral":
+        fail(f"--gamma {options.gamma}: is for --sampler ancestral")
+    options.gamma = .2 if options.gamma is None else options.gamma
+    options.steps = options.steps or (24 if options.sampler == "dpm" else 128)
     options.n = options.n or len(options.prompt) or 16
     if options.guidance_interval:
         low, high = options.guidance_interval

@@ -31,14 +31,14 @@ from memory import BASE, RAISES, divisor, fits, out_of_memory
 from noise import draw_noise, picture_noise
 from ranks import (StopSignals, all_finite, compiler_trouble, default_model, gather_full,
                    ignore_stop_signals, shard_like)
-from sample import sampling_steps
+from sample import karras_spacing, sampling_steps
 from schedule import height_width, logsnr_schedule, mean_side
 from uvit import Condition
 
 CHECKPOINTS = "ckpt-" + 8 * "[0-9]" + ".pt"
 NOT_FINITE_AT_MOST = 10         # gradients in a row, then the run ends
 NOISE_LEVELS = 8                # times at which the loss by noise level is measured
-REPORT_STEPS = 50               # network calls for a picture of the grid
+REPORT_STEPS = 24               # network calls for a picture of the grid
 FIRST_REPORT = 50               # step of a first checkpoint and grid, however seldom they are
 
 
@@ -575,8 +575,8 @@ class Run:
                          torch.zeros(len(mine), dtype=torch.long),
                          None if tokens is None else tokens[[i % 16 for i in mine]])
         noise = picture_noise(self.config.seed, mine, self.config.res, ranks.device)
-        steps = sampling_steps(self.ema, self.schedule, noise, REPORT_STEPS,
-                               to_device(cond, ranks.device))
+        steps = sampling_steps(self.ema, karras_spacing(self.schedule), noise, REPORT_STEPS,
+                               to_device(cond, ranks.device), "dpm")
         bar = dict(leave=False, disable=not ranks.is_first)
         for _, x_hat in tqdm(steps, "sampling", REPORT_STEPS, **bar):
             if ranks.any(self.signals.received)[0]:

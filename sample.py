@@ -1,8 +1,8 @@
 """Sampling (Appendix A): ancestral steps, DDIM and DPM-Solver++, guidance; `python sample.py`.
 
-Sampling starts from unit noise at t = 1 and goes down a uniform grid of times to t = 0. A step from
-t to s < t calls the network once, for x_hat, and draws z_s from z_t and x_hat (DPM-Solver++ also
-from the x_hat before). The last step returns x_hat itself.
+Sampling starts from unit noise at t = 1 and goes down a grid of times to t = 0, uniform for the
+paper's sampler. A step from t to s < t calls the network once, for x_hat, and draws z_s from z_t
+and x_hat (DPM-Solver++ also from the x_hat before). The last step returns x_hat itself.
 """
 import math
 import signal
@@ -54,6 +54,17 @@ def dpm_step(z, x_hat, logsnr_t, logsnr_s, x_hat_before, logsnr_before):
     ratio = (logsnr_s - logsnr_t) / (logsnr_t - logsnr_before)
     x_middle = x_hat + ratio[:, None, None, None] / 2 * (x_hat - x_hat_before)
     return ddim_step(z, x_middle, logsnr_t, logsnr_s)
+
+
+def karras_spacing(schedule, last=9.0, rho=7.0):
+    """The spacing of Karras et al. (2022, Eq. 5; not in the paper), as a schedule u -> logsnr (B,).
+
+    (sigma / alpha)^(1 / rho) is linear in u, from that of schedule(1) to that of logsnr = last at
+    u = 0. This has more steps in the middle of the schedule, and ends where no noise can be seen.
+    """
+    first = schedule(torch.ones(1))
+    low, high = math.exp(-last / 2 / rho), torch.exp(-first / 2 / rho)
+    return lambda u: -2 * rho * torch.log(low + u * (high.to(u.device) - low))
 
 
 def guided(model, z, logsnr, cond, guidance):
@@ -212,6 +223,8 @@ def main(argv=None):
     conds = conditions(options, ckpt, config, saved["classes"])
     schedule = logsnr_schedule(options.schedule or config["schedule"], config["res"],
                                config["noise_d"])
+    if options.sampler == "dpm":
+        schedule = karras_spacing(schedule)
     folder = SampleFolder(options, config["res"], ckpt, ranks)
     try:
         folder.start_or_continue()

@@ -12,7 +12,6 @@ network calls. All rows start from the same noise. Spacings, u going evenly from
     karrasR     sigma / alpha to the power 1 / R evenly, to logsnr = END (Karras et al., 2022)
 """
 import argparse
-import math
 import re
 import sys
 import time
@@ -26,7 +25,7 @@ import score
 from checkpoint import load_model
 from data import stacked, to_uint8
 from noise import picture_noise
-from sample import sample
+from sample import karras_spacing, sample
 from schedule import logsnr_schedule
 from uvit import Condition
 
@@ -38,15 +37,12 @@ ROWS = [f"{sampler} {spacing} {steps}" for steps in (12, 24) for sampler, spacin
 
 def spaced(schedule, spacing):
     """Schedule of u from 1 to 0 -> logsnr (B,), spaced as named."""
-    first = schedule(torch.ones(1))
     if spacing[0] == "t":
         p = float(spacing[2:] or 1)
         return lambda u: schedule(u**p)
     if spacing == "logsnr":
-        return lambda u: END + u * (first - END)
-    rho = float(spacing.removeprefix("karras"))
-    low, high = math.exp(-END / 2) ** (1 / rho), math.exp(-first / 2) ** (1 / rho)
-    return lambda u: -2 * rho * torch.log(low + u * (high - low))
+        return lambda u: END + u * (schedule(torch.ones(1)) - END)
+    return karras_spacing(schedule, END, rho=float(spacing.removeprefix("karras")))
 
 
 def draw(model, schedule, row, numbers, res, guidance, seed):

@@ -106,9 +106,9 @@ def test_options_of_pictures_reach_the_loader_and_the_grid_shows_each_class(
     monkeypatch.setattr(run, "REPORT_STEPS", 1)
     made, drawn, pictures, drawing = [], [], data.Pictures, run.sampling_steps
 
-    def recorded(model, schedule, noise, steps, cond):
+    def recorded(model, schedule, noise, steps, cond, sampler):
         drawn.append(cond)
-        return drawing(model, schedule, noise, steps, cond)
+        return drawing(model, schedule, noise, steps, cond, sampler)
     monkeypatch.setattr(data, "Pictures", lambda *args: made.append(args[1:]) or pictures(*args))
     monkeypatch.setattr(run, "sampling_steps", recorded)
     common = ["--data", tmp_path / "set", *"--batch 4 --steps 1 --sample-every 1".split()]

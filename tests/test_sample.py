@@ -104,18 +104,23 @@ def test_prompts_are_drawn_in_turns_from_the_command_line_and_from_a_file(tmp_pa
 def test_options_of_sampling_reach_the_sampler(tmp_path, little, calls):
     run_train(tmp_path / "run", "--steps", "1", "--set", "noise_d=64")
     common = ["--ckpt", str(tmp_path / "run/model.pt"), "--n", "1"]
-    sampling.main([*common, "--steps", "2", "--sampler", "ddim", "--gamma", "0.7", "--guidance",
-                   "2.5", "--guidance-interval", "-3", "5", "--out", str(tmp_path / "a")])
+    sampling.main([*common, "--steps", "2", "--sampler", "ancestral", "--gamma", "0.7",
+                   "--guidance", "2.5", "--guidance-interval", "-3", "5", "--out",
+                   str(tmp_path / "a")])
     sampling.main([*common, "--out", str(tmp_path / "b")])
-    sampling.main([*common, "--steps", "2", "--schedule", "cosine", "--out", str(tmp_path / "c")])
+    sampling.main([*common, "--sampler", "ddim", "--schedule", "cosine", "--out",
+                   str(tmp_path / "c")])
     given, usual, cosine = calls
     t = torch.tensor([.3])
     assert torch.equal(given["schedule"](t), schedule.logsnr_shifted(t, 32, 64))
     assert torch.equal(cosine["schedule"](t), schedule.logsnr_cosine(t))
+    karras = sampling.karras_spacing(lambda t: schedule.logsnr_shifted(t, 32, 64))
+    assert torch.equal(usual["schedule"](t), karras(t))
     options = "steps", "sampler", "gamma", "guidance"
-    assert [given[name] for name in options] == [2, "ddim", .7, 2.5]
+    assert [given[name] for name in options] == [2, "ancestral", .7, 2.5]
+    assert [cosine[name] for name in options] == [128, "ddim", .2, 1]
     assert tuple(given["interval"]) == (-3, 5)
-    assert [usual[name] for name in options] == [128, "ancestral", .2, 1]
+    assert [usual[name] for name in options] == [24, "dpm", .2, 1]
     assert usual["interval"][0] < -50 and usual["interval"][1] > 50         # everywhere
 
 
