@@ -12,7 +12,7 @@ from cli import fail, flag, option, parse
 from ranks import default_model, has_cuda
 from schedule import SCHEDULES, height_width, mean_side
 from unet import PAPER_TRAINING
-from uvit import PRESETS, halvings_to_16, patch_levels
+from uvit import PRESETS, halvings_to, patch_levels
 
 
 @dataclass
@@ -26,8 +26,8 @@ class Config:
     text: str = flag("", "learn captions: bytes, or t5:NAME (default: learn classes)")
     text_length: int = option(128, "tokens of a caption", least=1, most=4096)
     # Network
-    model: str | None = flag(None, "size of the network (default: tiny; base with CUDA and "
-                               "--res over 64)", choices=tuple(PRESETS))
+    model: str | None = flag(None, "size of the network (default: laptop; base with CUDA "
+                               "and --res over 64)", choices=tuple(PRESETS))
     architecture: str = option("uvit", "uvit or unet", choices=("uvit", "unet"))
     blocks_16: int | None = option(None, "blocks at 16 x 16; default: the model's", least=1,
                                    most=1000)
@@ -54,6 +54,8 @@ class Config:
                                most=10**6, may_change=True)
     steps: int | None = flag(None, "optimiser steps of the whole run (default: the model's)",
                                least=1, most=99_999_999, may_change=True)
+    optimizer: str | None = option(None, "adam, or muon for matrices; default: the model's",
+                                   choices=("adam", "muon"))
     lr: float | None = flag(None, "learning rate after the warm-up (default: the model's)",
                               least=1e-30)
     warmup: int | None = option(None, "steps of linear warm-up; default: the model's", least=1)
@@ -127,6 +129,7 @@ def parse_config(argv=None):
     for name, value in training.items():
         if getattr(config, name) is None:
             setattr(config, name, value)
+    config.optimizer = config.optimizer or "adam"
     if config.multiscale is None:
         config.multiscale = mean_side(config.res) >= 512 and config.loss != "sid2"
     name = Path(os.path.abspath(config.data)).stem if config.data else "flowers"
@@ -141,9 +144,12 @@ def checked_size(config):
     height, width = height_width(config.res)
     # The nearest size that fits. It may have other halvings than the one asked for: try again.
     near, fits, steps = None, [height, width], []
+    model = config.model or default_model(config.res, has_cuda())
+    smallest = 8 if config.architecture == "unet" else \
+        128 >> len(PRESETS[model]["network"]["blocks"])
     while near != fits:
         near, size = fits, "{}x{}".format(*fits)
-        halvings = halvings_to_16(size, config.largest_map) + (config.architecture == "unet")
+        halvings = halvings_to(smallest, size, config.largest_map)
         steps.append(2 ** (patch_levels(size, config.largest_map) + halvings))
         fits = [min(4096 // steps[-1], max(-(-16 // steps[-1]), round(side / steps[-1])))
                 * steps[-1] for side in near]
@@ -174,8 +180,8 @@ class SamplingOptions:
     guidance_interval: tuple[float, float] | None = flag(
         None, "logsnr between which there is guidance (default: everywhere)",
         metavar=("LOW", "HIGH"))
-    schedule: str | None = flag(None, "cosine, shifted or interpolated (default: as trained)",
-                                  choices=SCHEDULES)
+    schedule: str | None = flag(None, "cosine, shifted or interpolated (default: as trained); dpm "
+                                "only starts where it does", choices=SCHEDULES)
     label: str = flag("", "class, by name or by number from 0 (default: all in turn)")
     prompt: list[str] = flag([], "captions, drawn in turn")
     prompts: str = flag("", "file with a caption per line")

@@ -21,8 +21,8 @@ def same_random_numbers():
 
 @pytest.fixture
 def little(monkeypatch):
-    """A network that trains in seconds in place of `tiny`, for what runs in this process."""
-    monkeypatch.setitem(uvit.PRESETS["tiny"], "network", LITTLE)
+    """A network that trains in seconds in place of the default, for what runs in this process."""
+    monkeypatch.setitem(uvit.PRESETS, "laptop", uvit.PRESETS["tiny"] | dict(network=LITTLE))
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ def has_cuda():
 
 def default_model(res, cuda):
     """The preset that a machine with or without CUDA trains in reasonable time."""
-    return "base" if cuda and mean_side(res) > 64 else "tiny"
+    return "base" if cuda and mean_side(res) > 64 else "laptop"
 
 
 def pick_device():
@@ -207,7 +207,7 @@ def clip_gradient(model, most):
 
 
 def step_if_finite(optimizer, norm):
-    """Adam's step, unless the gradient's norm is not finite -> 1.0 if it was skipped, else 0.0.
+    """The optimizer's step, unless the norm is not finite -> 1.0 if it was skipped, else 0.0.
 
     All ranks have the same gradient, so all skip together; inside Adam, without waiting for a GPU.
     """

@@ -38,6 +38,7 @@ from uvit import Condition
 CHECKPOINTS = "ckpt-" + 8 * "[0-9]" + ".pt"
 NOT_FINITE_AT_MOST = 10         # gradients in a row, then the run ends
 NOISE_LEVELS = 8                # times at which the loss by noise level is measured
+ADAM = "step", "exp_avg", "exp_avg_sq"
 REPORT_STEPS = 24               # network calls for a picture of the grid
 FIRST_REPORT = 50               # step of a first checkpoint and grid, however seldom they are
 
@@ -265,10 +266,11 @@ class Run:
         moments = [part for parts in state.values() for part in parts.values()]
         assert all_finite([*saved["model"].values(), *saved["ema"].values(), *moments])
         for i, p in enumerate(self.model.parameters()):
-            assert state[i].keys() == {"step", "exp_avg", "exp_avg_sq"}
-            assert state[i]["exp_avg"].shape == state[i]["exp_avg_sq"].shape == p.shape
-            assert state[i]["step"].shape == () and saved["step"] > 0
-            own = {name: p for name in ("exp_avg", "exp_avg_sq")}
+            names = self.optimizer.state_names(p) if self.config.optimizer == "muon" else ADAM
+            own = {name: p for name in names if name != "step"}
+            assert state[i].keys() == set(names) and saved["step"] > 0
+            assert all(state[i][name].shape == p.shape for name in own)
+            assert state[i]["step"].shape == ()
             state[i] |= shard_like(own, {name: state[i][name] for name in own})
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict(dict(state=state, param_groups=groups))

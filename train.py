@@ -20,6 +20,7 @@ from config import parse_config
 from data import load_dataset
 from loss import diffusion_loss
 from memory import agree_on_parts
+from muon import Muon
 from noise import DROPOUT, draw_noise, seed_of
 from ranks import Ranks, clip_gradient, local_shards, step_if_finite
 from run import (Run, compile_or_not, has_started, launch, run_command,
@@ -88,8 +89,9 @@ def train(config, ranks):
     dataset, parts, settings, model = prepare(config, ranks, loss_fn)
     ema_model = copy.deepcopy(model).eval().requires_grad_(False)
     ranks.place(model, ema_model, config)       # to this rank's GPU; with --shard a share of each
-    optimizer = torch.optim.Adam(model.parameters(), config.lr, betas=(0.9, 0.99), eps=1e-12,
-                                 fused=True)
+    adam = dict(lr=config.lr, betas=(0.9, 0.99), eps=1e-12, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), **adam) if config.optimizer == "adam" else \
+        Muon(model, **adam)                     # ours, for `laptop`
     # Entering a Run loads the last checkpoint, if there is one, into model, EMA and optimizer.
     with Run(config, ranks, dataset, settings, model, ema_model, optimizer, parts) as run:
         wrapped = ranks.wrap(model, config)             # compiled, and DDP

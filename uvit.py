@@ -24,6 +24,9 @@ from schedule import height_width, mean_side
 from wavelet import dwt, idwt
 
 PRESETS = {     # widths at 128, 64, 32, 16; ResBlocks at 128, 64, 32; transformer blocks at 16 x 16
+    "laptop": dict(network=dict(widths=(16, 16, 32, 64, 128), blocks=(1, 1, 1, 1), depth=6,  # 8 x 8
+                                head_dim=64, emb_dim=256, dropout=0.0, position_init="sines"),
+                   training=dict(batch=16, steps=3_800, lr=2e-3, warmup=100, optimizer="muon")),
     "tiny": dict(network=dict(widths=(16, 16, 48, 128), blocks=(1, 1, 1), depth=4, head_dim=64,
                               emb_dim=256, dropout=0.0, position_init="sines"),
                  training=dict(batch=32, steps=1_500, lr=2e-3, warmup=100)),
@@ -51,7 +54,6 @@ class Condition(NamedTuple):
 
     def dropped(self, drop):
         """Without class and caption where drop (B,) is true, as guidance needs it (Appendix A).
-
         `portrait` is kept, so that guidance does not push towards one orientation.
         """
         label = None if self.label is None else torch.where(drop, -1, self.label)
@@ -59,15 +61,14 @@ class Condition(NamedTuple):
         return Condition(label, self.portrait, tokens)
 
 
-def patch_levels(res, largest_map=128):
+def patch_levels(res, largest=128):
     """How often the first layer halves the picture: to 128 x 128 at most (Section 3.3)."""
-    return max(0, math.ceil(math.log2(mean_side(res) / largest_map)))
+    return max(0, math.ceil(math.log2(mean_side(res) / largest)))
 
 
-def halvings_to_16(res, largest_map=128):
-    """How often the U-Net halves its largest map to arrive at 16 x 16 or fewer pixels."""
-    levels = patch_levels(res, largest_map)
-    return max(0, math.ceil(math.log2(mean_side(res) / 2**levels / 16)))
+def halvings_to(smallest, res, largest=128):
+    """How often the U-Net halves its largest map, to a side of at most `smallest`."""
+    return max(0, math.ceil(math.log2(mean_side(res) / 2**patch_levels(res, largest) / smallest)))
 
 
 def zero(layer):
@@ -135,7 +136,9 @@ class AttentionBlock(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                    # (B, heads, N, head_dim) each
         # Autocast would run these norms in bfloat16.
         q, k = self.norm_q(q.float()).to(v.dtype), self.norm_k(k.float()).to(v.dtype)
-        h = F.scaled_dot_product_attention(q, k, v)
+        by_hand = q.is_cpu and N <= 64      # there the fused kernel takes several times as long
+        h = (q @ k.mT / self.head_dim**.5).softmax(-1) @ v if by_hand else \
+            F.scaled_dot_product_attention(q, k, v)
         return x + self.linear_out(h.transpose(1, 2).reshape(B, N, C))
 
 
@@ -199,13 +202,9 @@ def sine_positions(width, H, W):
 
 
 def stages(widths, blocks, halvings):
-    """Widths and blocks from the largest map on: a preset's columns are 128, 64, 32, 16, and a
-    64 x 64 picture starts at 64. Larger maps (patch "none" at 256) are as that of 128.
-    """
-    while len(blocks) < halvings:
-        widths, blocks = widths[:1] + widths, blocks[:1] + blocks
-    first = len(blocks) - halvings
-    return list(widths[first:]), blocks[first:]
+    """Widths and blocks from the largest map on. Those above 128 (patch "none") are as at 128."""
+    widths, blocks = widths[:1] * halvings + widths, blocks[:1] * halvings + blocks
+    return list(widths[-halvings - 1:]), blocks[len(blocks) - halvings:]
 
 
 class UViT(nn.Module):
@@ -229,8 +228,8 @@ class UViT(nn.Module):
         assert patch in ("dwt", "conv", "none"), f"patch must be dwt, conv or none, not {patch!r}"
         self.text = text
         text_width = text.width if text else 0
-        halvings = halvings_to_16(res, largest_map)                 # by pooling
-        levels = patch_levels(res, largest_map)                     # by the first layer
+        halvings = halvings_to(128 >> len(blocks), res, largest_map)    # by pooling, to 16 x 16
+        levels = patch_levels(res, largest_map)                         # by the first layer
         if patch == "none":
             halvings, levels = halvings + levels, 0
         self.wavelet_levels = levels if patch == "dwt" else 0

@@ -1,4 +1,4 @@
-"""python little.py FLAGS: train.py with a little network in place of `tiny`, grids of few steps."""
+"""python little.py FLAGS: train.py with a little network as the default, grids of few steps."""
 import sys
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import train                        # noqa: E402
 import uvit                         # noqa: E402
 from tests.helpers import LITTLE    # noqa: E402
 
-uvit.PRESETS["tiny"]["network"] = LITTLE
+uvit.PRESETS["laptop"] = uvit.PRESETS["tiny"] | dict(network=LITTLE)
 run.REPORT_STEPS = 3
 
 if __name__ == "__main__":

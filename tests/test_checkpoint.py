@@ -229,7 +229,7 @@ def test_a_run_and_its_model_keep_their_network_when_the_preset_of_their_name_ch
     whole = run_train(tmp_path / "whole", "--steps", "4")
     run_train(tmp_path / "run", "--steps", "2")
     draw("before")
-    monkeypatch.setitem(uvit.PRESETS["tiny"], "network",
+    monkeypatch.setitem(uvit.PRESETS["laptop"], "network",
                         LITTLE | dict(widths=(32, 32, 32, 64), depth=3, emb_dim=64, dropout=.5,
                                       position_init="sines"))
     draw("after")
@@ -333,8 +333,8 @@ def test_settings_of_format_2_mean_the_same_in_todays_words(tmp_path):
                         ema=weights), tmp_path / "model.pt")
         return checkpoint.read(tmp_path / "model.pt")["config"]
     old = config()
-    now = vars(train.parse_config(["--res", "32", "--batch", "8", "--accum", "1", "--steps", "2",
-                                   "--compile", "off", "--log-every", "1", "--sample-every", "0",
+    now = vars(train.parse_config(["--model", "tiny", "--res", "32", "--batch", "8", "--accum", "1",
+                                   "--steps", "2", "--compile", "off", "--log-every", "1", "--sample-every", "0",
                                    "--save-every", "1000", "--set", "bf16=off"]))
     assert now | old | dict(out="") == now | dict(out="")
     assert now.keys() - old.keys() == {"largest_map"}       # the only one that is new
@@ -361,23 +361,24 @@ def test_old_names_of_models_mean_the_networks_of_the_table(name, millions, drop
 
 
 def test_a_run_of_format_2_goes_on(tmp_path):
-    whole = run_train(tmp_path / "whole", "--steps", "4")
-    saved = run_train(tmp_path / "run", "--steps", "2")
+    whole = run_train(tmp_path / "whole", "--model", "tiny", "--steps", "4")
+    saved = run_train(tmp_path / "run", "--model", "tiny", "--steps", "2")
     file = sorted((tmp_path / "run").glob("ckpt-*.pt"))[-1]
     assert saved.pop("network") and saved["config"].keys() == \
-        OLD_SETTINGS.keys() - {"memory_budget", "net"} | {"architecture", "largest_map"}
+        OLD_SETTINGS.keys() - {"memory_budget", "net"} | {"architecture", "largest_map",
+                                                          "optimizer"}
     old = saved | dict(format=2, config=OLD_SETTINGS | dict(out=str(tmp_path / "run")),
                        model=old_names(saved["model"]), ema=old_names(saved["ema"]))
     assert old["model"].keys() != saved["model"].keys()
     torch.save(old, file)
-    resumed = run_train(tmp_path / "run", "--steps", "4")
+    resumed = run_train(tmp_path / "run", "--model", "tiny", "--steps", "4")
     for part in ("step", "classes", "model", "ema", "optimizer"):
         assert_same_bits(whole[part], resumed[part])
     assert resumed["format"] == checkpoint.FORMAT and resumed["network"]["depth"] == 4
 
 
-def test_a_run_of_format_2_with_other_settings_is_refused(tmp_path, little, capsys):
-    saved = run_train(tmp_path, "--steps", "1")
+def test_a_run_of_format_2_with_other_settings_is_refused(tmp_path, capsys):
+    saved = run_train(tmp_path, "--model", "tiny", "--steps", "1")
     for name, value, words in (("noise_d", 64, "--set noise_d=64, now 32"),
                                ("dropout", .1, "--set dropout=0.1, now the default"),
                                ("multiscale", "on", "--set multiscale=on, now off"),
@@ -385,7 +386,8 @@ def test_a_run_of_format_2_with_other_settings_is_refused(tmp_path, little, caps
                                ("model", "mini", "--model mini, now tiny")):
         old = saved | dict(format=2, config=OLD_SETTINGS | {name: value})
         torch.save(old, tmp_path / "ckpt-00000001.pt")
-        error = one_line(capsys, train.main, [*SMALL, "--steps", "2", "--out", tmp_path])
+        error = one_line(capsys, train.main, [*SMALL, "--model", "tiny", "--steps", "2",
+                                               "--out", tmp_path])
         assert words in error, error
 
 

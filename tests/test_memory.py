@@ -300,15 +300,15 @@ def test_out_of_memory_in_the_midst_of_training_ends_with_a_line_that_says_how_t
 
 # ---------------------------------------------------------------------------- the start
 
-def test_the_model_is_tiny_without_cuda_and_the_start_says_what_it_would_be_with(
+def test_the_model_is_laptop_without_cuda_and_the_start_says_what_it_would_be_with(
         tmp_path, little, monkeypatch, capsys):
     assert [ranks.default_model(res, cuda) for res in ("64", "128", "512")
-            for cuda in (False, True)] == ["tiny", "tiny", "tiny", "base", "tiny", "base"]
+            for cuda in (False, True)] == ["laptop", "laptop", "laptop", "base", "laptop", "base"]
     monkeypatch.setitem(uvit.PRESETS["mini"], "network", LITTLE)
     for i, (flags, said) in enumerate((("--res 72", True), ("--res 72 --model mini", False),
                                        ("--res 64", False))):
         run_train(tmp_path / str(i), "--steps", "1", "--batch", "1", *flags.split())
-        words = "\nDefault --model at this size: tiny without CUDA, base with CUDA.\n"
+        words = "\nDefault --model at this size: laptop without CUDA, base with CUDA.\n"
         assert (words in capsys.readouterr().out) == said
 
 

@@ -87,9 +87,9 @@ def test_positions_may_start_as_sines_of_periods_from_2_tokens_to_twice_the_side
             np.testing.assert_allclose(position[i::16, y, x], expected, atol=1e-4)
 
 
-def test_positions_start_as_sines_in_the_two_smallest_presets():
+def test_positions_start_as_sines_in_the_three_smallest_presets():
     assert [name for name, preset in uvit.PRESETS.items()
-            if preset["network"]["position_init"] == "sines"] == ["tiny", "mini"]
+            if preset["network"]["position_init"] == "sines"] == ["laptop", "tiny", "mini"]
 
 
 @pytest.mark.parametrize("net, res, width", [
@@ -113,6 +113,14 @@ def test_stages_of_a_preset_are_its_last_ones_and_the_first_repeated(flags, widt
     of_stages = [[block.conv_in.in_channels for block in stage] for stage in model.down]
     assert of_stages == [[width] * count for width, count in zip(widths, blocks)]
     assert model.position.shape[1] == widths[-1]
+
+
+@pytest.mark.parametrize("res, top, width", [("64", 64, 16), ("512", 128, 48)])
+def test_laptop_has_its_transformer_at_8_x_8(res, top, width):
+    with torch.device("meta"):
+        model = checkpoint.build_network(**train.parse_config(["--res", res]).network_settings(0))
+    assert model.position.shape == (1, 128, 8, 8) and len(model.down) == len(model.pool)
+    assert top == 8 * 2 ** len(model.pool) and model.project_in.out_channels == width
 
 
 def test_output_depends_on_the_input_at_the_same_place_in_a_picture_that_is_not_square():
@@ -168,7 +176,9 @@ def test_one_skip_per_level_gives_every_weight_a_gradient():
 # ---------------------------------------------------------------------------- what --res chooses
 
 @pytest.mark.parametrize("flags, chosen", [         # on a machine with CUDA
-    ("", dict(model="tiny", batch=32, multiscale=False)),
+    ("", dict(model="laptop", batch=16, optimizer="muon", multiscale=False)),
+    ("--model tiny", dict(batch=32, optimizer="adam")),
+    ("--set optimizer=adam", dict(model="laptop", optimizer="adam")),
     ("--res 65x64", None),
     ("--res 128", dict(model="base", batch=256, steps=300_000, multiscale=False)),
     ("--res 256", dict(model="base", multiscale=False)),

@@ -131,7 +131,8 @@ def test_two_ranks_checkpoint_goes_on_with_1_and_with_4(tmp_path, little):
                                 last_checkpoint(tmp_path / count))
 
 
-@pytest.mark.parametrize("more", [[], ["--text", "bytes"]], ids=["class", "caption"])
+@pytest.mark.parametrize("more", [[], ["--text", "bytes"], ["--set", "optimizer=muon"]],
+                         ids=["class", "caption", "muon"])
 def test_two_ranks_equal_one_process(tmp_path, little, more):
     flags = [*SMALL, "drop_label=.5", "--steps", "4", "--sample-every", "4", *more]
     run_ranks(0, TRAIN, *flags, "--out", tmp_path / "one")
@@ -156,8 +157,10 @@ def test_a_broken_picture_that_only_another_rank_met_is_named(tmp_path):
     assert "1 of 40 pictures could not be read and were skipped" in said
 
 
-def test_sharded_ranks_learn_from_captions_what_ddp_learns(tmp_path, little):
-    flags = [TRAIN, *SMALL, "drop_label=.5", "--save-every", "1", "--text", "bytes", "--steps"]
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_sharded_ranks_learn_from_captions_what_ddp_learns(tmp_path, little, optimizer):
+    flags = [TRAIN, *SMALL, "drop_label=.5", f"optimizer={optimizer}", "--save-every", "1",
+             "--text", "bytes", "--steps"]
     run_ranks(2, *flags, "4", "--out", tmp_path / "ddp")
     run_ranks(2, *flags, "3", "--shard", "--recompute", "--out", tmp_path / "shard")
     run_ranks(0, *flags, "4", "--out", tmp_path / "shard")      # goes on as one process

@@ -128,11 +128,11 @@ def test_options_of_pictures_reach_the_loader_and_the_grid_shows_each_class(
 @pytest.mark.parametrize("flags", [
     "--res 16 --set architecture=unet blocks_16=1",
     "--res 32x48 --portrait --schedule interpolated --loss sid2 --set skips=level",
-    "--text bytes --set blocks_16=1"])
+    "--text bytes --set blocks_16=1 optimizer=muon"])
 def test_every_network_trains_resumes_and_draws(tmp_path, little, flags, monkeypatch):
     monkeypatch.setattr(run, "REPORT_STEPS", 2)
     if "unet" in flags:                         # eight times as wide at the bottom
-        monkeypatch.setitem(uvit.PRESETS["tiny"], "network", LITTLE | dict(widths=(4,)))
+        monkeypatch.setitem(uvit.PRESETS["laptop"], "network", LITTLE | dict(widths=(4,)))
     weighted = set()
     watch_loss(monkeypatch, lambda net, x, t, eps, weight, **options: weighted.add(bool(weight)))
     words = ["--sample-every", "2", "--save-every", "1", *flags.split()]
@@ -147,7 +147,8 @@ def test_every_network_trains_resumes_and_draws(tmp_path, little, flags, monkeyp
         parts = {name.split(".")[2] for name in names if name.startswith("transformer.")}
         assert len(parts) == 2 + ("--text" in flags)
 
-    common = ["--ckpt", str(tmp_path / "run/model.pt"), "--n", "3", "--steps", "3"]
+    common = ["--ckpt", str(tmp_path / "run/model.pt"), "--n", "3", "--steps", "3", "--sampler",
+              "ancestral"]
     other = ["--schedule", "cosine" if "interpolated" in flags else "interpolated"]
     draw = lambda name, *more: sampling.main([*common, "--out", str(tmp_path / name), *more])
     draw("own")
@@ -228,8 +229,10 @@ def test_training_leaves_no_graph_behind(tmp_path, little, monkeypatch):
     assert kept and not any(tensor.requires_grad or tensor.grad_fn for tensor in kept)
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
 def test_gradient_that_is_not_finite_never_reaches_the_weights(
-        tmp_path, little, monkeypatch, capsys):
+        tmp_path, little, monkeypatch, capsys, optimizer):
+    monkeypatch.setitem(uvit.PRESETS["laptop"]["training"], "optimizer", optimizer)
     honest, calls = train.diffusion_loss, []
 
     def spoil(first, last):
