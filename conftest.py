@@ -27,9 +27,9 @@ def little(monkeypatch):
 
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory):
-    """A run of `tiny` after one step."""
+    """A run of `laptop` after one step, with the optimizer that `little` has."""
     out = tmp_path_factory.mktemp("runs") / "flowers"
-    run_train(out, "--steps", "1")
+    run_train(out, "--steps", "1", "--set", "optimizer=adam")
     return out
 
 

@@ -969,7 +969,7 @@ def test_compiled_steps_are_the_plain_ones(tmp_path, little, monkeypatch):
 def test_torchrun_trains_at_512_with_a_wavelet_and_the_multiscale_loss(tmp_path):
     output = run_script(*TORCHRUN, "train.py", "--res", 512, "--steps", 1, "--batch", 1,
                         "--sample-every", 0, "--out", tmp_path / "run")
-    assert "tiny uvit" in output and "512 x 512" in output and "done: " in output
+    assert "laptop uvit" in output and "512 x 512" in output and "done: " in output
     saved = last_checkpoint(tmp_path / "run")
     assert saved["step"] == 1 and saved["config"]["multiscale"]
     assert saved["model"]["project_in.weight"].shape[1] == 48

@@ -129,7 +129,7 @@ DAMAGED = {     # done to the bytes of a file
     "compressed": (lambda raw: repacked(raw, zipfile.ZIP_DEFLATED), "damaged")}
 CHANGED_RUN = {         # of no importance to sample.py
     "other settings": (lambda saved: saved | dict(config=saved["config"] | dict(model="base")),
-                       "--model base, now tiny"),
+                       "--model base, now laptop"),
     "settings of a later version": (
         lambda saved: saved | dict(config={**saved["config"], "experts": 7}),
         "was started with --set experts=7, now the default"),
@@ -334,8 +334,9 @@ def test_settings_of_format_2_mean_the_same_in_todays_words(tmp_path):
         return checkpoint.read(tmp_path / "model.pt")["config"]
     old = config()
     now = vars(train.parse_config(["--model", "tiny", "--res", "32", "--batch", "8", "--accum", "1",
-                                   "--steps", "2", "--compile", "off", "--log-every", "1", "--sample-every", "0",
-                                   "--save-every", "1000", "--set", "bf16=off"]))
+                                   "--steps", "2", "--compile", "off", "--log-every", "1",
+                                   "--sample-every", "0", "--save-every", "1000", "--set",
+                                   "bf16=off"]))
     assert now | old | dict(out="") == now | dict(out="")
     assert now.keys() - old.keys() == {"largest_map"}       # the only one that is new
     other = config(blocks_16=3, dropout=0.0, accum=0, workers=0, multiscale="on", compile="",

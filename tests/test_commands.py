@@ -84,7 +84,7 @@ WRONG = [       # flags of train.py, what the one line says: argument, value, wh
     ("--set dropout", "--set dropout: must be NAME=VALUE"),
     ("--set", "--set expected at least one argument"),
     ("--batch 99999999", "--batch 99999999: must be at most 1000000"),
-    ("--model huge", "--model huge: must be one of tiny, mini, small, base, paper"),
+    ("--model huge", "--model huge: must be one of laptop, tiny, mini, small, base, paper"),
     ("--set patch=haar", "--set patch=haar: must be one of dwt"),
     ("--schedule linear", "--schedule linear: must be one of cosine"),
     ("--loss l1", "--loss l1: must be one of eps"),

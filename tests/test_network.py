@@ -151,7 +151,7 @@ def test_network_refuses_options_and_captions_that_do_not_fit():
 @torch.no_grad()
 def test_skip_of_a_level_is_up_of_h_less_h_after_plus_h_before():
     """SiD2's, in a U-ViT of one level without blocks: h = up(h - h_after) + h_before."""
-    shape = 32, (8, 16), (0,), 0, 8, 8      # res, widths, blocks, depth, head_dim, emb
+    shape = 32, (8, 8, 8, 16), (0, 0, 0), 0, 8, 8   # res, widths, blocks, depth, head_dim, emb
     model = random_weights(sid2.ResidualUViT(*shape)).float()
     z = torch.randn(1, 3, 32, 32)
     before = model.project_in(z)
