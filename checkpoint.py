@@ -294,7 +294,8 @@ class SampleFolder:
         others, in an --out     refused, as is a folder with pictures but without settings.json
     """
 
-    BEFORE = dict(guidance_interval=[-99, 99], portrait=False, schedule=None)   # of older files
+    BEFORE = dict(guidance_interval=[-99, 99], portrait=False, schedule=None,
+                  spacing="t")              # of older files
 
     def __init__(self, options, res, ckpt, ranks):
         self.out, self.named = Path(options.out or "samples"), bool(options.out)
@@ -304,6 +305,7 @@ class SampleFolder:
         self.settings = vars(options) | dict(
             ckpt=f"{zlib.crc32(repr(checksums).encode()):08x}", out="",
             device=ranks.device.type, bf16=ranks.has_bf16,
+            spacing="karras" if options.sampler == "dpm" else "t",
             guidance_interval=list(options.guidance_interval or self.BEFORE["guidance_interval"]),
             prompt=options.prompt or None, prompts=options.prompts or None)
         del self.settings["compile"], self.settings["film"]     # they change nothing in a picture

@@ -29,7 +29,7 @@ class Config:
     model: str | None = flag(None, "size of the network (default: laptop; base with CUDA "
                                "and --res over 64)", choices=tuple(PRESETS))
     architecture: str = option("uvit", "uvit or unet", choices=("uvit", "unet"))
-    blocks_16: int | None = option(None, "blocks at 16 x 16; default: the model's", least=1,
+    blocks_16: int | None = option(None, "transformer blocks; default: the model's", least=1,
                                    most=1000)
     skips: str = option("block", "one per block, or per level (SiD2)", choices=("block", "level"))
     patch: str = option("dwt", "first layer: dwt, conv or none", choices=("dwt", "conv", "none"))
@@ -124,6 +124,8 @@ def parse_config(argv=None):
         fail(f"--set bias={config.bias}: is for --loss sid2")
     if config.text and config.text != "bytes" and not config.text.startswith("t5:"):
         fail(f"--text {config.text}: must be bytes, or t5:NAME")
+    if config.architecture == "unet":
+        config.optimizer = config.optimizer or "adam"
     papers_unet = config.architecture == "unet" and config.model == "paper"
     training = PAPER_TRAINING if papers_unet else PRESETS[config.model]["training"]
     for name, value in training.items():

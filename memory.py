@@ -179,7 +179,7 @@ def parts_that_fit(config, classes, world, device, loss):
     if fixed + each <= LIMIT[kind] * free:
         return divisor(share, -(-share // max(1, int(room / each)))), why
     models = [*PRESETS]
-    smaller = models[:models.index(config.model)]
+    smaller = models[1:models.index(config.model)]      # without `laptop`: not all sizes suit it
     changes = [dict(recompute=True)] + [dict(shard=True)] * (world > 1)
     would = []
     for change in changes + [dict(model=name) for name in reversed(smaller)]:

@@ -1,12 +1,12 @@
-"""Muon (Jordan et al., 2024), the optimizer of `tiny`. Not in the paper, which has Adam alone.
+"""Muon (Jordan et al., 2024), the optimizer of `laptop`. Not in the paper, which has Adam alone.
 
 Nearly all of the eps loss, and so of its gradient, comes from nearly clean pictures. Adam learns
 what such gradients drown, the shape of a picture in much noise, only late. Muon takes a step of
-equal size along all singular directions of a matrix's gradient G, also along the weak ones:
+about equal size along all singular directions of a matrix's gradient G but the weakest:
 
     M <- mu M + (1 - mu) G,    U S V^T = (1 - mu) G + mu M,    W <- W - lr sqrt(n) U V^T
 
-n is the larger side of W: the elements of a step have a root mean square of lr, about as in Adam.
+n is the larger side of W, so that the elements of a step have a root mean square of about lr.
 torch.optim.Muon takes no convolutions, and computes in bfloat16, which is 25 times as slow on a CPU
 without it.
 """
@@ -14,15 +14,14 @@ from collections import defaultdict
 
 import torch
 
-from ranks import gather_full, shard_like
-
-OTHERS = ("project_", "embedding.", "position", "norm")     # first and last layer, conditioning
+OTHERS = ("project_", "embedding.", "text.", "position")    # first and last layer, conditioning
 
 
 def orthogonalised(matrices, steps=5):
-    """U V^T of matrices U S V^T (N, rows, columns), with singular values of about 0.7 to 1.2.
+    """U V^T of matrices U S V^T (N, rows, columns), by Newton-Schulz iteration.
 
-    Newton-Schulz iteration: an odd polynomial of X takes singular values in (0, 1] towards 1.
+    An odd polynomial of X takes its singular values towards 1: those above 0.0015 of the matrix's
+    norm to between 0.68 and 1.21, smaller ones are only enlarged.
     """
     tall = matrices.shape[1] > matrices.shape[2]
     X = matrices.mT if tall else matrices
@@ -43,6 +42,8 @@ class Muon(torch.optim.Adam):
         self.momentum = momentum
         self.matrices = [weights for name, weights in model.named_parameters() if weights.dim() > 1
                          and not name.startswith(OTHERS) and ".film." not in name]
+        for weights in self.matrices:                   # Adam needs a "step" to load a state
+            self.state[weights] = dict(step=torch.zeros(()), momentum=torch.zeros_like(weights))
 
     def state_names(self, weights):
         """What is kept of these weights between steps."""
@@ -51,23 +52,19 @@ class Muon(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self):
-        if getattr(self, "found_inf", 0):               # as Adam does: see ranks.step_if_finite
-            return
         gradients = [weights.grad for weights in self.matrices]
         for weights in self.matrices:
             weights.grad = None                         # Adam leaves these out
         super().step()
+        if getattr(self, "found_inf", 0):               # see ranks.step_if_finite; waits for a GPU
+            return
         alike = defaultdict(list)                       # shape: weights, matrix
         for weights, gradient in zip(self.matrices, gradients):
-            state = self.state[weights]
-            if not state:
-                state.update(step=torch.zeros(()), momentum=torch.zeros_like(weights))
-            state["step"] += 1                          # Adam looks for it when it loads a state
-            state["momentum"].lerp_(gradient, 1 - self.momentum)
-            matrix = gather_full(gradient.lerp(state["momentum"], self.momentum)).flatten(1)
+            momentum = self.state[weights]["momentum"].lerp_(gradient, 1 - self.momentum)
+            matrix = gradient.lerp(momentum, self.momentum).flatten(1)
             alike[matrix.shape].append((weights, matrix))
         for shape, group in alike.items():
             steps = orthogonalised(torch.stack([matrix for _, matrix in group]))
+            size = self.param_groups[0]["lr"] * max(shape) ** .5
             for (weights, _), step in zip(group, steps):
-                step = shard_like({"": weights}, {"": step.view(weights.shape)})[""]
-                weights.sub_(step, alpha=self.param_groups[0]["lr"] * max(shape) ** .5)
+                weights.sub_(step.view(weights.shape), alpha=size)

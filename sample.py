@@ -59,12 +59,12 @@ def dpm_step(z, x_hat, logsnr_t, logsnr_s, x_hat_before, logsnr_before):
 def karras_spacing(schedule, last=9.0, rho=7.0):
     """The spacing of Karras et al. (2022, Eq. 5; not in the paper), as a schedule u -> logsnr (B,).
 
-    (sigma / alpha)^(1 / rho) is linear in u, from that of schedule(1) to that of logsnr = last at
-    u = 0. This has more steps in the middle of the schedule, and ends where no noise can be seen.
+    (sigma / alpha)^(1 / rho) is linear in u, from that of schedule(1) to that of logsnr = last, or
+    of schedule(0) if that is noisier, at u = 0. Most of its steps are in much noise.
     """
-    first = schedule(torch.ones(1))
-    low, high = math.exp(-last / 2 / rho), torch.exp(-first / 2 / rho)
-    return lambda u: -2 * rho * torch.log(low + u * (high.to(u.device) - low))
+    first, end = schedule(torch.ones(1)), schedule(torch.zeros(1)).clamp(max=last)
+    low, high = (torch.exp(-logsnr / 2 / rho) for logsnr in (end, first))
+    return lambda u: -2 * rho * torch.log(low + u * (high - low))
 
 
 def guided(model, z, logsnr, cond, guidance):

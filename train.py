@@ -130,6 +130,8 @@ def main(argv=None):
         by_parts = f" x --accum {config.accum}" if config.accum else ""
         fail(f"--batch {config.batch}: must be a multiple of {divisor}, {ranks.world} ranks"
              f"{by_parts}")
+    if config.shard and config.optimizer == "muon":
+        fail("--shard: Muon needs whole matrices; --set optimizer=adam does not")
     if config.shard and not ranks.distributed:
         fail("--shard: divides the model among ranks, which torchrun starts: see the README")
     config.bf16 = ranks.has_bf16 if config.bf16 is None else config.bf16

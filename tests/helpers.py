@@ -143,7 +143,8 @@ def apart(a, b):
     torch.manual_seed(a["config"]["seed"])
     start = checkpoint.build_network(**a["network"]).state_dict()
     norm = lambda tensors: math.sqrt(sum(tensor.square().sum().item() for tensor in tensors))
-    moments = [[state["exp_avg"] for state in run["optimizer"]["state"].values()] for run in (a, b)]
+    moments = [[state.get("exp_avg", state.get("momentum"))
+                for state in run["optimizer"]["state"].values()] for run in (a, b)]
     return (norm(p - q for p, q in zip(*moments)) / norm(moments[0]),
             norm(a["model"][n] - b["model"][n] for n in start)
             / norm(a["model"][n] - start[n] for n in start))

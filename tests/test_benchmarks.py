@@ -296,7 +296,7 @@ def test_what_each_schedule_has_decided_is_read_at_its_own_logsnr(tmp_path, monk
         return (alpha * z - (logsnr[:, None, None, None] / 20).clamp(-1, 1)) / sigma
 
     saved = dict(classes=flowers.Flowers(64).classes,
-                 config=vars(train.parse_config(["--res", "144"])))
+                 config=vars(train.parse_config(["--res", "144", "--model", "tiny"])))
     monkeypatch.setattr(arguments, "load_model", lambda path, device: (model, saved))
     arguments.decided("model.pt", tmp_path / "decided.webp")
     labels, zs, logsnrs = zip(*calls)

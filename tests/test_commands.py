@@ -113,6 +113,7 @@ WRONG = [       # flags of train.py, what the one line says: argument, value, wh
     ("--log-every 0", "--log-every 0: must be at least 1"),
     ("--set timeout=0", "--set timeout=0.0: must be at least 0.05"),
     ("--set noise_d=0", "--set noise_d=0: must be at least 1"),
+    ("--shard --set optimizer=muon", "--shard: Muon needs whole matrices; --set optimizer=adam"),
     ("--shard", "--shard: divides the model among ranks, which torchrun starts"),
     ("--data {tmp}/nowhere", "--data .*nowhere: no such folder or .zip"),
     ("--data {tmp}/empty", "--data .*empty: no picture there .*png"),

@@ -169,6 +169,7 @@ def test_what_does_not_fit_says_what_it_needs_and_what_would(monkeypatch, capsys
         f"{(fixed + each) / GB:.1f} GB of memory, and 24 GB are free; --model base would fit\n"
     assert "; --recompute or --model small would fit" in said(9.6, "--model", "base")
     assert "; a smaller --res would fit" in said(.1, "--model", "tiny")
+    assert "; a smaller --res would fit" in said(.1, "--model", "mini", "--res", "144")
 
 
 def test_a_try_of_the_memory_is_of_all_pictures_with_all_else_that_training_needs(monkeypatch):

@@ -6,6 +6,7 @@ import torch
 import uvit
 from muon import Muon, orthogonalised
 from tests.helpers import small_unet, small_uvit
+from text import ByteEncoder
 
 ADAM = dict(lr=1e-2, betas=(.9, .99), eps=1e-12)
 
@@ -33,7 +34,10 @@ def test_muon_has_the_matrices_and_convolutions_of_hidden_layers_without_those_o
               for layer in ("0.linear_in", "0.linear_out", "1.qkv", "1.linear_out")]
     between = ["pool.0.1.weight", "pool.1.1.weight", "upsample.0.0.weight", "upsample.1.0.weight"]
     assert names(model) == {*blocks, *layers, *between}
-    assert not any("film" in name or name.startswith("embedding") for name in names(small_unet()))
+    captions = names(small_uvit(64, text=ByteEncoder(9, 32)))
+    assert {name.split(".")[2] for name in captions if name.startswith("transformer")} == set("012")
+    for found in captions, names(small_unet()):
+        assert not any("film" in name or name.startswith(("embedding", "text")) for name in found)
 
 
 def gradients(model, seed):

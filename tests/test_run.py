@@ -255,6 +255,11 @@ def test_gradient_that_is_not_finite_never_reaches_the_weights(
     run_train(tmp_path / "some", "--steps", "5")
     assert log_lines(tmp_path / "some")[-1]["skipped"] == 2             # of the whole run
 
+    spoil(1, 1)
+    run_train(tmp_path / "first", "--steps", "1")
+    monkeypatch.setattr(train, "diffusion_loss", honest)
+    assert run_train(tmp_path / "first", "--steps", "2")["skipped"] == 1
+
     spoil(4, 99)
     with pytest.raises(SystemExit) as stop:
         run_train(tmp_path / "all", *"--steps 30 --save-every 3 --log-every 100".split())
