@@ -32,6 +32,12 @@ def orthogonalised(matrices, steps=5):
     return X.mT if tall else X
 
 
+def state_names(optimizer, weights):
+    """What Muon or Adam keeps of these weights between steps."""
+    ours = any(weights is matrix for matrix in getattr(optimizer, "matrices", ()))
+    return ("step", "momentum") if ours else ("step", "exp_avg", "exp_avg_sq")
+
+
 class Muon(torch.optim.Adam):
     """Muon for matrices and convolutions (as matrices: C_out, C_in 9) of the hidden layers, without
     those of FiLM; Adam for all other parameters. model: a UViT or UNet; options: Adam's.
@@ -44,11 +50,6 @@ class Muon(torch.optim.Adam):
                          and not name.startswith(OTHERS) and ".film." not in name]
         for weights in self.matrices:                   # Adam needs a "step" to load a state
             self.state[weights] = dict(step=torch.zeros(()), momentum=torch.zeros_like(weights))
-
-    def state_names(self, weights):
-        """What is kept of these weights between steps."""
-        ours = any(weights is matrix for matrix in self.matrices)
-        return ("step", "momentum") if ours else ("step", "exp_avg", "exp_avg_sq")
 
     @torch.no_grad()
     def step(self):

@@ -28,6 +28,7 @@ from cli import IgnoreBrokenPipe, fail, written
 from data import collate, grid, printable, to_device, to_uint8
 from loss import diffusion_loss
 from memory import BASE, RAISES, divisor, fits, out_of_memory
+from muon import state_names
 from noise import draw_noise, picture_noise
 from ranks import (StopSignals, all_finite, compiler_trouble, default_model, gather_full,
                    ignore_stop_signals, shard_like)
@@ -38,7 +39,6 @@ from uvit import Condition
 CHECKPOINTS = "ckpt-" + 8 * "[0-9]" + ".pt"
 NOT_FINITE_AT_MOST = 10         # gradients in a row, then the run ends
 NOISE_LEVELS = 8                # times at which the loss by noise level is measured
-ADAM = "step", "exp_avg", "exp_avg_sq"
 REPORT_STEPS = 24               # network calls for a picture of the grid
 FIRST_REPORT = 50               # step of a first checkpoint and grid, however seldom they are
 
@@ -266,7 +266,7 @@ class Run:
         moments = [part for parts in state.values() for part in parts.values()]
         assert all_finite([*saved["model"].values(), *saved["ema"].values(), *moments])
         for i, p in enumerate(self.model.parameters()):
-            names = self.optimizer.state_names(p) if self.config.optimizer == "muon" else ADAM
+            names = state_names(self.optimizer, p)
             own = {name: p for name in names if name != "step"}
             assert state[i].keys() == set(names) and saved["step"] > 0
             assert all(state[i][name].shape == p.shape for name in own)
