@@ -96,7 +96,7 @@ def read(path):
     for key, kind in KEYS.items():
         if not isinstance(saved.get(key), kind):
             raise ValueError(f"{path}: not a checkpoint of ours, {key} is missing or wrong")
-    saved["config"].setdefault("optimizer", "adam")             # older files do not name it
+    saved["config"] = dict(optimizer="adam", decay=0.0) | saved["config"]   # in older files neither
     return saved
 
 

@@ -59,6 +59,8 @@ class Config:
     lr: float | None = flag(None, "learning rate after the warm-up (default: the model's)",
                               least=1e-30)
     warmup: int | None = option(None, "steps of linear warm-up; default: the model's", least=1)
+    decay: float | None = option(None, "share of the steps, the last ones, in which the rate falls "
+                                 "to 0; default: the model's", least=0, most=1)
     clip: float = option(1.0, "largest norm of the gradient", least=1e-9)
     ema: float = option(.9999, "decay of the moving average of weights", least=0, below=1)
     seed: int = flag(0, "of weights, pictures, noise and dropout", least=0, most=2**63 - 2)
@@ -131,7 +133,7 @@ def parse_config(argv=None):
     for name, value in training.items():
         if getattr(config, name) is None:
             setattr(config, name, value)
-    config.optimizer = config.optimizer or "adam"
+    config.optimizer, config.decay = config.optimizer or "adam", config.decay or 0.0
     if config.multiscale is None:
         config.multiscale = mean_side(config.res) >= 512 and config.loss != "sid2"
     name = Path(os.path.abspath(config.data)).stem if config.data else "flowers"

@@ -4,7 +4,7 @@ A dataset is indexed by n, the running number of a picture in training: `dataset
 of (seed, n) alone, so that any rank, loader process or resumed run sees the same pictures at the
 same step. `classes` lists the names of the classes, [] if there are none.
 
-    dataset[n] -> x (3, H, W) float32 in [-1, 1], a Condition of plain numbers (label -1: no class),
+    dataset[n] -> x (3, H, W) uint8 (see from_uint8), a Condition of numbers (label -1: no class),
                   {name of a file that was skipped: why}
 """
 import io
@@ -39,7 +39,7 @@ def load_dataset(config):
 
 
 def collate(items):
-    """Items of a dataset -> x (B, 3, H, W), a Condition of tensors, {skipped file: why}."""
+    """Items of a dataset -> x (B, 3, H, W) uint8, a Condition of tensors, {skipped file: why}."""
     x, conditions, skipped = zip(*items)
     return torch.stack(x), stacked(conditions), dict(ChainMap(*skipped))
 
@@ -54,6 +54,12 @@ def to_device(cond, device):
     """A Condition's tensors to a device, without waiting."""
     return Condition(*(part if part is None else part.to(device, non_blocking=True)
                        for part in cond))
+
+
+def from_uint8(x):
+    """Pictures of a dataset, uint8 -> float32 in [-1, 1]."""
+    assert x.dtype == torch.uint8, f"pictures must be uint8, not {x.dtype}"
+    return x.float() / 127.5 - 1
 
 
 def to_uint8(x):
@@ -278,7 +284,7 @@ class Pictures:
         crop = pixels[top:top + height, left:left + width]
         if self.flip and rng.random() < .5:
             crop = crop[::-1] if rotated else crop[:, ::-1]     # mirrored as it stood
-        x = torch.from_numpy(crop.copy()).permute(2, 0, 1).float() / 127.5 - 1
+        x = torch.from_numpy(crop.copy()).permute(2, 0, 1)
         tokens = []
         if self.tokens:
             tokens = self.tokens(captions[rng.integers(len(captions))] if captions else "")

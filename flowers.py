@@ -150,5 +150,6 @@ class Flowers:
         picture, caption = draw_flower(rng, number + 3, res, colours)
         picture = np.rot90(picture, int(rotated)).copy()
         tokens = self.tokens(caption) if self.tokens else []
-        x = torch.from_numpy(picture).permute(2, 0, 1) * 2 - 1
+        x = torch.from_numpy(picture).permute(2, 0, 1)
+        x = (x * 255).round().to(torch.uint8)
         return x, Condition(-1 if self.tokens else number, int(rotated), tokens), {}

@@ -40,12 +40,13 @@ def state_names(optimizer, weights):
 
 class Muon(torch.optim.Adam):
     """Muon for matrices and convolutions (as matrices: C_out, C_in 9) of the hidden layers, without
-    those of FiLM; Adam for all other parameters. model: a UViT or UNet; options: Adam's.
+    those of FiLM; Adam for all other parameters. model: a UViT or UNet; bf16: iterate in
+    bfloat16; options: Adam's.
     """
 
-    def __init__(self, model, lr, momentum=0.95, **options):
+    def __init__(self, model, lr, momentum=0.95, bf16=False, **options):
         super().__init__(model.parameters(), lr, **options)
-        self.momentum = momentum
+        self.momentum, self.dtype = momentum, torch.bfloat16 if bf16 else torch.float32
         self.matrices = [weights for name, weights in model.named_parameters() if weights.dim() > 1
                          and not name.startswith(OTHERS) and ".film." not in name]
         for weights in self.matrices:                   # Adam needs a "step" to load a state
@@ -65,7 +66,7 @@ class Muon(torch.optim.Adam):
             matrix = gradient.lerp(momentum, self.momentum).flatten(1)
             alike[matrix.shape].append((weights, matrix))
         for shape, group in alike.items():
-            steps = orthogonalised(torch.stack([matrix for _, matrix in group]))
+            steps = orthogonalised(torch.stack([matrix for _, matrix in group]).to(self.dtype))
             size = self.param_groups[0]["lr"] * max(shape) ** .5
             for (weights, _), step in zip(group, steps):
                 weights.sub_(step.view(weights.shape), alpha=size)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from checkpoint import FORMAT, append, build_network, lock, read, trim, upgraded, write
 from cli import IgnoreBrokenPipe, fail, written
-from data import collate, grid, printable, to_device, to_uint8
+from data import collate, from_uint8, grid, printable, to_device, to_uint8
 from loss import diffusion_loss
 from memory import BASE, RAISES, divisor, fits, out_of_memory
 from muon import state_names
@@ -150,7 +150,8 @@ class Run:
         if config.data and pictures < config.batch:
             fail(f"--data {config.data}: {pictures} pictures are fewer than --batch "
                  f"{config.batch}; add pictures or lower --batch")
-        *self.report_pictures, self.new_broken = collate([self.dataset[n] for n in range(16)])
+        x, cond, self.new_broken = collate([self.dataset[n] for n in range(16)])
+        self.report_pictures = from_uint8(x), cond
         if self.too_many_broken():
             self.fail_for_pictures()
         with ExitStack() as self.exits:
@@ -391,8 +392,9 @@ class Run:
         for part in range(self.num_parts):
             x, cond, skipped = next(self.loader)
             self.new_broken |= skipped
-            yield (self.picture_numbers(step, part), x.to(self.ranks.device, non_blocking=True),
-                   to_device(cond, self.ranks.device), part == self.num_parts - 1)
+            x = from_uint8(x.to(self.ranks.device, non_blocking=True))
+            cond = to_device(cond, self.ranks.device)
+            yield self.picture_numbers(step, part), x, cond, part == self.num_parts - 1
 
     def after_step(self, losses, norm, skipped):
         """Progress, log, checkpoint, report. losses: of the parts; norm: of the gradient;

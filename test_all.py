@@ -826,7 +826,7 @@ def test_ema_equals_the_model_after_step_1_and_then_warms_up(tmp_path, little):
 def test_first_loss_of_the_trainer_is_that_of_its_schedule_and_loss_by_hand(tmp_path, little):
     """At the start v_hat = 0, so that the loss is known for each schedule and kind of loss."""
     t, eps, _ = noise.draw_noise(0, range(8), 64, "cpu")
-    x = torch.stack([flowers.Flowers(64)[n][0] for n in range(8)])
+    x = torch.stack([flowers.Flowers(64)[n][0] for n in range(8)]) / 127.5 - 1
     cosine = torch.from_numpy(np_logsnr_cosine(t))
     shift_32, shift_256 = (cosine + 2 * math.log(noise_d / 64) for noise_d in (32, 256))
     mse = lambda error: error.square().mean().item()

@@ -40,6 +40,13 @@ def loss_function(config):
                    multiscale=config.multiscale, weight=weight)
 
 
+def learning_rate(step, config):
+    """Of a step: lr after a linear warm-up; it ends on a linear fall to 0 where `decay` is set."""
+    rise = (step + 1) / config.warmup
+    fall = (config.steps - step) / (config.decay * config.steps) if config.decay else 1
+    return config.lr * min(1, rise, fall)
+
+
 def ema_decay(step, max_decay):
     """Decay of the EMA in a step: step / (9 + step), at most max_decay. The warm-up is ours.
 
@@ -91,7 +98,7 @@ def train(config, ranks):
     ranks.place(model, ema_model, config)       # to this rank's GPU; with --shard a share of each
     adam = dict(lr=config.lr, betas=(0.9, 0.99), eps=1e-12, fused=True)
     optimizer = torch.optim.Adam(model.parameters(), **adam) if config.optimizer == "adam" else \
-        Muon(model, **adam)                     # ours, for `laptop`
+        Muon(model, bf16=config.bf16, **adam)   # ours, for `laptop`
     # Entering a Run loads the last checkpoint, if there is one, into model, EMA and optimizer.
     with Run(config, ranks, dataset, settings, model, ema_model, optimizer, parts) as run:
         wrapped = ranks.wrap(model, config)             # compiled, and DDP
@@ -99,7 +106,7 @@ def train(config, ranks):
 
         for step in run.steps():                        # from the last checkpoint on
             for group in optimizer.param_groups:
-                group["lr"] = config.lr * min(1, (step + 1) / config.warmup)
+                group["lr"] = learning_rate(step, config)
             # The masks of dropout: a seed for each step, so that a resumed run repeats them.
             torch.manual_seed(seed_of(DROPOUT, config.seed, step, ranks.rank))
             losses = []

@@ -52,7 +52,7 @@ import train
 import uvit
 from checkpoint import build_network, load_model, write
 from cli import Parser, fail
-from data import Pictures, collate, grid, to_uint8
+from data import Pictures, collate, from_uint8, grid, to_uint8
 from flowers import Flowers, draw_flower
 from loss import x_from_v
 from noise import picture_noise
@@ -185,6 +185,7 @@ def validate(model, res, count=64, device="cpu", pictures=None):
     """-> rms error of x_hat (2, levels): averaged, and as it is. pictures: default new flowers."""
     pictures = pictures or Flowers(res, seed=1_000_003)
     x, cond, _ = collate([pictures[n] for n in range(count)])
+    x = from_uint8(x)
     eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     errors = []
     with torch.no_grad():
@@ -262,7 +263,7 @@ def cell(finding, res, name, seed, args):
     """Train, sample and score one row with one seed, in a process of its own -> its folder."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
     out = folder(finding, res, name, seed, args)
-    settings = dict(samples=args.samples, sample_steps=args.sample_steps, score=4,
+    settings = dict(samples=args.samples, sample_steps=args.sample_steps, score=5,
                     flags=FINDINGS[finding].rows[name][0])
     try:
         if json.loads((out / "scores.json").read_text())["settings"] == settings:

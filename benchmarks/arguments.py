@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
 from ablations import label_rows
 from checkpoint import load_model, write
 from cli import Parser, fail
-from data import grid, to_uint8
+from data import from_uint8, grid, to_uint8
 from flowers import Flowers
 from loss import eps_from_v
 from noise import draw_noise, picture_noise
@@ -142,6 +142,7 @@ def gradient(ckpt, pictures):
     squares, power = torch.zeros(len(scales), GROUPS).double(), torch.zeros(len(scales))
     for n in range(pictures):
         x, cond, _ = data[n]
+        x = from_uint8(x)
         t, eps, _ = draw_noise(7, [n], res, "cpu")
         logsnr = schedule(t)
         alpha, sigma = alpha_sigma(logsnr)

@@ -219,6 +219,7 @@ def gradients_by_loop(model, size, pictures=16):
     gradients, power = [], 0.0
     for n in range(pictures):
         x, cond, _ = flowers.Flowers(64, 7)[n]
+        x = x / 127.5 - 1
         t, eps, _ = draw_noise(7, [n], 64, "cpu")
         logsnr = schedule.logsnr_shifted(t, 64, 32)
         alpha, sigma = schedule.alpha_sigma(logsnr)
@@ -525,7 +526,7 @@ def test_ablations_error_is_that_of_a_known_network():
     none. x_hat = 7: that of 1, since it is clipped as in sampling.
     """
     fresh = flowers.Flowers(72, seed=1_000_003)
-    x, levels = torch.stack([fresh[n][0] for n in range(16)]), []
+    x, levels = torch.stack([fresh[n][0] for n in range(16)]) / 127.5 - 1, []
     rms = lambda error: error.square().mean().sqrt()
 
     def model(x_hat):

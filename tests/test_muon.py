@@ -3,9 +3,10 @@ import numpy as np
 import pytest
 import torch
 
+import train
 import uvit
 from muon import Muon, orthogonalised
-from tests.helpers import small_unet, small_uvit
+from tests.helpers import run_train, small_unet, small_uvit
 from text import ByteEncoder
 
 ADAM = dict(lr=1e-2, betas=(.9, .99), eps=1e-12)
@@ -93,3 +94,22 @@ def test_a_step_makes_the_elements_of_a_matrix_differ_by_about_lr():
     muon.step()
     for weights, was in zip(muon.matrices, start):
         assert .6 < (weights - was).square().mean().sqrt() / 1e-2 < 1.2
+
+
+def test_in_bfloat16_a_step_is_nearly_that_in_float32():
+    model, other = small_uvit(64), small_uvit(64)
+    exact, rounded = Muon(model, **ADAM), Muon(other, bf16=True, **ADAM)
+    gradients(model, 0), gradients(other, 0)
+    start = [weights.detach().clone() for weights in exact.matrices]
+    exact.step(), rounded.step()
+    for p, q, was in zip(exact.matrices, rounded.matrices, start):
+        assert 1e-4 < (p - q).norm() / (p - was).norm() < .05
+
+
+def test_bf16_is_also_that_of_the_optimizer(tmp_path, little, monkeypatch):
+    made = []
+    monkeypatch.setattr(train, "Muon", lambda *args, **options: made.append(
+        Muon(*args, **options)) or made[-1])
+    for bf16 in ("on", "off"):
+        run_train(tmp_path / bf16, *f"--steps 1 --set optimizer=muon bf16={bf16}".split())
+    assert [muon.dtype for muon in made] == [torch.bfloat16, torch.float32]

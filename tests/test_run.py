@@ -310,7 +310,7 @@ def test_losses_by_noise_level_are_those_of_the_first_16_pictures_by_hand(
     monkeypatch.setattr(run, "REPORT_STEPS", 1)
     run_train(tmp_path, *"--steps 1 --lr 1e-30 --sample-every 1 --schedule cosine".split())
     (line,) = log_lines(tmp_path, "loss_by_noise_level")
-    x = torch.stack([flowers.Flowers(32)[n][0] for n in range(16)])
+    x = torch.stack([flowers.Flowers(32)[n][0] for n in range(16)]) / 127.5 - 1
     _, eps, _ = noise.draw_noise(1, range(16), 32, "cpu")           # of the next seed
     clipped = math.atan(math.exp(-15 / 2))
     for level in range(8):
@@ -367,3 +367,8 @@ def test_more_than_half_broken_stops_the_run(tmp_path, little, capsys, workers):
     assert stop.value.code == 2
     assert re.search(r"more than half cannot be read, 1\d\d of 200 so far; .*: Unid", error), error
     assert not list((tmp_path / "run").glob("*.pt"))
+
+
+def test_the_rate_rises_and_falls_to_zero_as_set(tmp_path, little):
+    run_train(tmp_path, *"--steps 8 --lr 1 --log-every 1 --set warmup=2 decay=.5 clip=1e-9".split())
+    assert [line["lr"] for line in log_lines(tmp_path)] == [.5, 1, 1, 1, 1, .75, .5, .25]

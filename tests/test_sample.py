@@ -144,6 +144,7 @@ def test_bundled_flowers_know_their_class():
     assert saved["config"]["out"] == ""
     fresh = flowers.Flowers(saved["config"]["res"], 12345)
     x, cond, _ = data.collate([fresh[n] for n in range(40)])
+    x = x / 127.5 - 1
     logsnr = torch.full((40,), -3.)
     eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     alpha, sigma = schedule.alpha_sigma(logsnr)
