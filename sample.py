@@ -56,13 +56,13 @@ def dpm_step(z, x_hat, logsnr_t, logsnr_s, x_hat_before, logsnr_before):
     return ddim_step(z, x_middle, logsnr_t, logsnr_s)
 
 
-def karras_spacing(schedule, last=9.0, rho=7.0):
+def karras_spacing(schedule, start=0.99, last=9.0, rho=7.0):
     """The spacing of Karras et al. (2022, Eq. 5; not in the paper), as a schedule u -> logsnr (B,).
 
-    (sigma / alpha)^(1 / rho) is linear in u, from that of schedule(1) to that of logsnr = last, or
-    of schedule(0) if that is noisier, at u = 0. Most of its steps are in much noise.
+    (sigma / alpha)^(1 / rho) is linear in u, from that of t = start, where z is all but unit noise,
+    to that of logsnr = last, or of t = 0 if that is noisier, at u = 0.
     """
-    first, end = schedule(torch.ones(1)), schedule(torch.zeros(1)).clamp(max=last)
+    first, end = schedule(torch.full((1,), start)), schedule(torch.zeros(1)).clamp(max=last)
     low, high = (torch.exp(-logsnr / 2 / rho) for logsnr in (end, first))
     return lambda u: -2 * rho * torch.log(low + u * (high - low))
 

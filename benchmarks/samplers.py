@@ -10,6 +10,7 @@ network calls. All rows start from the same noise. Spacings, u going evenly from
     t^P         t = u^P: more steps where pictures are nearly clean
     logsnr      logsnr evenly from that of t = 1 to END
     karrasR     sigma / alpha to the power 1 / R evenly, to logsnr = END (Karras et al., 2022)
+    karrasR@T   the same, beginning at t = T
 """
 import argparse
 import re
@@ -32,7 +33,8 @@ from uvit import Condition
 END = 9.0                           # logsnr at which a picture counts as clean: sigma = 0.011
 ROWS = [f"{sampler} {spacing} {steps}" for steps in (12, 24) for sampler, spacing in (
     ("ancestral0", "t"), ("ancestral0.2", "t"), ("ddim", "t"), ("dpm", "t"), ("dpm", "t^1.5"),
-    ("dpm", "t^2"), ("dpm", "logsnr"), ("dpm", "karras7"), ("ancestral0.2", "t^2"))]
+    ("dpm", "t^2"), ("dpm", "logsnr"), ("dpm", "karras7"), ("dpm", "karras7@.99"),
+    ("ancestral0.2", "t^2"))]
 
 
 def spaced(schedule, spacing):
@@ -42,7 +44,8 @@ def spaced(schedule, spacing):
         return lambda u: schedule(u**p)
     if spacing == "logsnr":
         return lambda u: END + u * (schedule(torch.ones(1)) - END)
-    return karras_spacing(schedule, END, rho=float(spacing.removeprefix("karras")))
+    rho, _, start = spacing.removeprefix("karras").partition("@")
+    return karras_spacing(schedule, float(start or 1), END, float(rho))
 
 
 def draw(model, schedule, row, numbers, res, guidance, seed):

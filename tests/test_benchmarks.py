@@ -643,11 +643,12 @@ def test_spacings_of_sampling_steps_are_even_in_what_they_are_named_after():
     u, cosine = torch.linspace(1, 0, 9, dtype=torch.float64), schedule.logsnr_cosine
     assert torch.equal(samplers.spaced(cosine, "t")(u), cosine(u))
     assert torch.equal(samplers.spaced(cosine, "t^2")(u), cosine(u**2))
-    ratio = {"logsnr": lambda logsnr: logsnr,               # of these, all differences are equal
-             "karras7": lambda logsnr: torch.exp(-logsnr / 2) ** (1 / 7)}
-    for name, even in ratio.items():
-        logsnr = samplers.spaced(cosine, name)(u)
-        assert abs(logsnr[0] + 15) < 1e-4 and abs(logsnr[-1] - samplers.END) < 1e-4
+    root = lambda logsnr: torch.exp(-logsnr / 2) ** (1 / 7)
+    ratio = {"logsnr": (1.0, lambda logsnr: logsnr),        # of these, all differences are equal
+             "karras7": (1.0, root), "karras7@.9": (.9, root)}
+    for name, (start, even) in ratio.items():
+        logsnr, first = samplers.spaced(cosine, name)(u), cosine(torch.tensor([start]))
+        assert abs(logsnr[0] - first) < 1e-4 and abs(logsnr[-1] - samplers.END) < 1e-4
         steps = even(logsnr).diff()
         assert (steps / steps.mean() - 1).abs().max() < 1e-4, name
 
