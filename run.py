@@ -579,7 +579,8 @@ class Run:
                          torch.zeros(len(mine), dtype=torch.long),
                          None if tokens is None else tokens[[i % 16 for i in mine]])
         noise = picture_noise(self.config.seed, mine, self.config.res, ranks.device)
-        steps = sampling_steps(self.ema, karras_spacing(self.schedule), noise, REPORT_STEPS,
+        spacing = karras_spacing(self.schedule, mean_side(self.config.res))
+        steps = sampling_steps(self.ema, spacing, noise, REPORT_STEPS,
                                to_device(cond, ranks.device), "dpm")
         bar = dict(leave=False, disable=not ranks.is_first)
         for _, x_hat in tqdm(steps, "sampling", REPORT_STEPS, **bar):

@@ -1,8 +1,8 @@
 """Sampling (Appendix A): ancestral steps, DDIM and DPM-Solver++, guidance; `python sample.py`.
 
-Sampling starts from unit noise at t = 1 and goes down a grid of times to t = 0, uniform for the
-paper's sampler. A step from t to s < t calls the network once, for x_hat, and draws z_s from z_t
-and x_hat (DPM-Solver++ also from the x_hat before). The last step returns x_hat itself.
+Sampling goes from unit noise at t = 1 (DPM-Solver++: just below) down a grid of times to t = 0,
+uniform for the paper's sampler. A step from t to s < t calls the network once, for x_hat, and draws
+z_s from z_t and x_hat (DPM-Solver++ also from the x_hat before). The last step returns x_hat.
 """
 import math
 import signal
@@ -20,7 +20,7 @@ from data import grid, stacked, to_device, to_uint8
 from loss import x_from_v
 from noise import picture_noise
 from ranks import Ranks, compiler_trouble
-from schedule import alpha_sigma, logsnr_schedule
+from schedule import alpha_sigma, logsnr_schedule, mean_side
 from text import tokenizer
 from uvit import Condition
 
@@ -56,14 +56,16 @@ def dpm_step(z, x_hat, logsnr_t, logsnr_s, x_hat_before, logsnr_before):
     return ddim_step(z, x_middle, logsnr_t, logsnr_s)
 
 
-def karras_spacing(schedule, start=0.99, last=9.0, rho=7.0):
+def karras_spacing(schedule, d, first=-1.3, last=9.0, rho=7.0):
     """The spacing of Karras et al. (2022, Eq. 5; not in the paper), as a schedule u -> logsnr (B,).
 
-    (sigma / alpha)^(1 / rho) is linear in u, from that of t = start, where z is all but unit noise,
-    to that of logsnr = last, or of t = 0 if that is noisier, at u = 0.
+    (sigma / alpha)^(1 / rho) is linear in u. At u = 1, logsnr is `first` for the mean of a d x d
+    picture (Eq. 4), so that even its colour is hidden; at u = 0 it is `last`, for each pixel.
+    Neither is beyond the ends of the schedule.
     """
-    first, end = schedule(torch.full((1,), start)), schedule(torch.zeros(1)).clamp(max=last)
-    low, high = (torch.exp(-logsnr / 2 / rho) for logsnr in (end, first))
+    begin = schedule(torch.ones(1)).clamp(min=first - 2 * math.log(d))
+    end = schedule(torch.zeros(1)).clamp(max=last)
+    low, high = (torch.exp(-logsnr / 2 / rho) for logsnr in (end, begin))
     return lambda u: -2 * rho * torch.log(low + u * (high - low))
 
 
@@ -226,7 +228,7 @@ def main(argv=None):
     schedule = logsnr_schedule(options.schedule or config["schedule"], config["res"],
                                config["noise_d"])
     if options.sampler == "dpm":
-        schedule = karras_spacing(schedule)
+        schedule = karras_spacing(schedule, mean_side(config["res"]))
     folder = SampleFolder(options, config["res"], ckpt, ranks)
     try:
         folder.start_or_continue()

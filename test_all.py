@@ -631,15 +631,16 @@ def test_dpm_takes_a_step_of_ddim_where_guidance_begins_or_ends(monkeypatch):
     assert sum(jumps) == 3 and used == ["ddim" if jump else "dpm" for jump in jumps]
 
 
-@pytest.mark.parametrize("start, last, rho, shift", [
-    (1.0, 9.0, 7.0, 0), (.8, 7.5, 3.0, -2), (.99, 9.0, 7.0, -8)])
-def test_karras_spacing_is_the_formula_of_karras_et_al(start, last, rho, shift):
+@pytest.mark.parametrize("first, last, rho, shift", [
+    (-99, 9.0, 7.0, 0), (-1.3, 7.5, 3.0, -2), (.5, 9.0, 7.0, -8)])
+def test_karras_spacing_is_the_formula_of_karras_et_al(first, last, rho, shift):
     """Their Eq. 5: sigma_i = (max^(1/rho) + i/(N-1) (min^(1/rho) - max^(1/rho)))^rho, noise over
-    picture. It begins at `start` and ends at `last`, but not beyond the schedule, from -15 to 15.
+    picture. It is within the schedule, from -15 to 15, shifted. At its beginning the mean of 8 x 8
+    pixels, whose noise has an eighth of the deviation, has the logsnr `first`.
     """
     N, smallest = 11, math.exp(-min(last, 15 + shift) / 2)
-    largest = math.tan(angle_of(15) + start * (angle_of(-15) - angle_of(15))) * math.exp(-shift / 2)
-    logsnr = sampling.karras_spacing(lambda t: schedule.logsnr_cosine(t) + shift, start, last,
+    largest = min(math.exp(7.5 - shift / 2), 8 * math.exp(-first / 2))
+    logsnr = sampling.karras_spacing(lambda t: schedule.logsnr_cosine(t) + shift, 8, first, last,
                                      rho)(torch.linspace(1, 0, N))
     for i, found in enumerate(logsnr.tolist()):
         root = largest ** (1 / rho) + i / (N - 1) * (smallest ** (1 / rho) - largest ** (1 / rho))

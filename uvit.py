@@ -26,7 +26,7 @@ from wavelet import dwt, idwt
 PRESETS = {     # widths at 128, 64, 32, 16; ResBlocks at 128, 64, 32; transformer blocks at 16 x 16
     "laptop": dict(network=dict(widths=(16, 16, 32, 64, 128), blocks=(1, 1, 1, 1), depth=6,  # 8 x 8
                                 head_dim=64, emb_dim=256, dropout=0.0, position_init="sines"),
-                   training=dict(batch=16, steps=4_200, lr=2e-3, warmup=100, optimizer="muon",
+                   training=dict(batch=16, steps=3_800, lr=2e-3, warmup=100, optimizer="muon",
                                  decay=.4)),
     "tiny": dict(network=dict(widths=(16, 16, 48, 128), blocks=(1, 1, 1), depth=4, head_dim=64,
                               emb_dim=256, dropout=0.0, position_init="sines"),

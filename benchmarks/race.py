@@ -8,22 +8,25 @@
 
 Racers, each with its own network, loss, optimizer and EMA:
 
-    ours            `python train.py`: its network on a CPU, loss, optimizer, EMA
+    ours            `python train.py`: its network on a CPU, loss, optimizer, EMA, classes
     UViT            denoising-diffusion-pytorch, simple_diffusion.py: UViT(dim=16), 2.4 M weights,
                     GaussianDiffusion by its defaults (cosine schedule, min-SNR weight);
-                    Adam and EMA 0.995 every 10 steps as in the Trainer of that package
+                    Adam and EMA as in the Trainer of that package
     UViT-eps        the same with the paper's loss and schedule: no min-SNR weight, noise_d=32
     UNet2D          diffusers, trained as its train_unconditional.py: DDPM's 1,000 times, eps,
-                    AdamW, cosine decay after 500 steps, EMA; 32, 64, 96, 128 wide, 5.2 M weights
+                    AdamW, cosine decay, EMA; 32, 64, 96, 128 wide, 5.2 M weights, norms of 8
+                    groups; the warm-up is the first 5% of the time in place of 500 steps
     UNet2D-large    the same with the network of that script, 114 M weights
 
 Pictures are 64 x 64: `flowers` as train.py draws them, or a folder or zip of photographs, of which
-the 10% whose name has a SHA-256 beginning with a number below 26 are held out. Only training is on
-the clock. Scores are of the EMA, without class unless it is said:
+the 10% whose name has a SHA-256 beginning with a byte below 26 are held out. Only training is on
+the clock. Scores are of the EMA in float32:
 
-    error       root mean square of x_hat - x at logsnr 6, 3, 0, -3, -6, of 64 new pictures
+    error       root mean square of x_hat - x at logsnr 6, 3, 0, -3, -6, of 64 held-out pictures,
+                x_hat without class and clipped to [-1, 1]
     distance    of benchmarks/score.py, of 100 pictures drawn by DPM-Solver++ in 16 steps without
-                guidance to real ones (held-out ones); ours draws its classes in turn
+                guidance, to real ones (held-out photographs, other flowers); ours draws its classes
+                in turn. The row `real` is that of 100 pictures of the training set
     petals      share with the number of petals of their class, guidance 2 (ours, flowers)
 """
 import argparse
@@ -46,37 +49,46 @@ from config import parse_config
 from data import Pictures, collate, from_uint8, grid, to_uint8
 from figures import COLOURS, plot, save
 from flowers import Flowers
+from muon import Muon
 from noise import draw_noise, picture_noise
 from sample import karras_spacing, sample
 from schedule import alpha_sigma, logsnr_schedule
 from train import ema_decay, learning_rate, loss_function, update_ema
-from muon import Muon
 from uvit import Condition
 
-RES, MARKS, LEVELS = 64, (1, 2, 3, 5, 7, 10, 14, 20, 40, 80), (6, 3, 0, -3, -6)
+RES, MARKS, LEVELS = 64, (2, 5, 10, 20, 40, 80), (6, 3, 0, -3, -6)
 FOLDER = Path("runs/race")
+OTHERS = 10**6                      # added to a seed: flowers that no racer is trained on
+
+
+def bf16(on):
+    return torch.autocast("cpu", torch.bfloat16, enabled=on)
 
 
 # ---------------------------------------------------------------------------- racers
 
 class Ours:
-    """`python train.py`; `done` is the share of the time that has passed."""
+    """`python train.py`. In `train`, done is the share of the time that has passed."""
 
-    def __init__(self, classes, lr=None, batch=None):
+    def __init__(self, classes, seed=0, lr=None, batch=None, in_bf16=True):
         options = [f"--{name}={value}" for name, value in (("lr", lr), ("batch", batch)) if value]
-        self.config = config = parse_config(["--res", str(RES), "--model", "laptop", *options])
-        self.batch, self.step, self.loss_fn = config.batch, 0, loss_function(config)
+        self.config = config = parse_config(["--res", str(RES), "--model", "laptop", "--seed",
+                                             str(seed), *options])
+        self.batch, self.step, self.in_bf16 = config.batch, 0, in_bf16
+        self.loss_fn = loss_function(config)
         self.model = build_network(**config.network_settings(classes))
         self.ema = copy.deepcopy(self.model).eval()
         adam = dict(lr=config.lr, betas=(0.9, 0.99), eps=1e-12, fused=True)
-        self.optimizer = Muon(self.model, bf16=True, **adam) if config.optimizer == "muon" else \
-            torch.optim.Adam(self.model.parameters(), **adam)
+        self.optimizer = Muon(self.model, bf16=in_bf16, **adam) if config.optimizer == "muon" \
+            else torch.optim.Adam(self.model.parameters(), **adam)
 
     def train(self, numbers, x, cond, done):
         self.config.steps = self.step / max(done, 1e-9) + 1     # as the time will allow
         self.optimizer.param_groups[0]["lr"] = learning_rate(self.step, self.config)
         t, eps, u = draw_noise(self.config.seed, numbers, RES, "cpu")
-        loss = self.loss_fn(self.model, x, t, eps, cond=cond.dropped(u < self.config.drop_label))
+        cond = cond.dropped(u < self.config.drop_label)
+        with bf16(self.in_bf16):
+            loss = self.loss_fn(self.model, x, t, eps, cond=cond)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
@@ -89,8 +101,8 @@ class Ours:
         return self.ema(z, logsnr, cond)
 
 
-def their_module():
-    """simple_diffusion.py of denoising-diffusion-pytorch alone: its package wants torchvision."""
+def simple_diffusion_of_the_other_package():
+    """That file of denoising-diffusion-pytorch alone: the package itself wants torchvision."""
     package = importlib.util.find_spec("denoising_diffusion_pytorch").origin
     file = Path(package).with_name("simple_diffusion.py")
     spec = importlib.util.spec_from_file_location("simple_diffusion", file)
@@ -100,22 +112,25 @@ def their_module():
 
 
 class TheirUViT:
-    def __init__(self, classes, lr=None, batch=None, **diffusion):
-        module = their_module()
-        self.batch, self.step = batch or 16, 0
+    def __init__(self, classes, seed=0, lr=None, batch=None, in_bf16=True, **diffusion):
+        module = simple_diffusion_of_the_other_package()
+        self.batch, self.step, self.in_bf16 = batch or 16, 0, in_bf16
         self.model = module.UViT(dim=16)
         self.diffusion = module.GaussianDiffusion(self.model, image_size=RES, **diffusion)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr or 1e-4, betas=(0.9, 0.99))
         self.ema = copy.deepcopy(self.model).eval()
 
     def train(self, numbers, x, cond, done):
-        loss = self.diffusion((x + 1) / 2)
+        with bf16(self.in_bf16):
+            loss = self.diffusion((x + 1) / 2)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.step % 10 == 0:
-            update_ema(self.ema, self.model, 0.995 if self.step > 100 else 0)
+        if self.step % 10 == 0:         # as ema_pytorch.EMA(beta=0.995, update_every=10) does it
+            since = self.step - 100
+            update_ema(self.ema, self.model,
+                       min(0.995, 1 - (1 + since) ** (-2 / 3)) if since > 0 else 0)
         self.step += 1
         return loss.item()
 
@@ -124,12 +139,14 @@ class TheirUViT:
 
 
 class TheirUNet:
-    def __init__(self, classes, lr=None, batch=None, widths=(32, 64, 96, 128)):
+    def __init__(self, classes, seed=0, lr=None, batch=None, in_bf16=True,
+                 widths=(32, 64, 96, 128), groups=8):
         from diffusers import DDPMScheduler, UNet2DModel
         plain, self.batch, self.step, self.lr = len(widths) - 2, batch or 16, 0, lr or 1e-4
+        self.in_bf16 = in_bf16
         self.model = UNet2DModel(
             sample_size=RES, in_channels=3, out_channels=3, layers_per_block=2,
-            block_out_channels=widths,
+            block_out_channels=widths, norm_num_groups=groups,
             down_block_types=("DownBlock2D",) * plain + ("AttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * plain)
         self.scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
@@ -138,18 +155,20 @@ class TheirUNet:
         self.ema = copy.deepcopy(self.model).eval()
 
     def train(self, numbers, x, cond, done):
-        warmup = min(1, (self.step + 1) / 500)
-        self.optimizer.param_groups[0]["lr"] = self.lr * warmup * (1 + math.cos(math.pi * done)) / 2
+        cosine = (1 + math.cos(math.pi * max(0, done - 0.05) / 0.95)) / 2
+        self.optimizer.param_groups[0]["lr"] = self.lr * min(1, (done + 1e-3) / 0.05) * cosine
         eps = torch.randn_like(x)
         times = torch.randint(1000, (len(x),))
         z = self.scheduler.add_noise(x, eps, times)
-        loss = F.mse_loss(self.model(z, times).sample.float(), eps)
+        with bf16(self.in_bf16):
+            eps_hat = self.model(z, times).sample
+        loss = F.mse_loss(eps_hat.float(), eps)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        update_ema(self.ema, self.model, min(0.9999, 1 - (1 + self.step) ** -0.75))
+        update_ema(self.ema, self.model, min(0.9999, 1 - self.step ** -0.75))
         return loss.item()
 
     def v_hat(self, z, logsnr, cond=None):
@@ -159,8 +178,7 @@ class TheirUNet:
         share = (known[after - 1] - logsnr) / (known[after - 1] - known[after])
         times = (after - 1 + share.clamp(0, 1)).float()
         alpha, sigma = alpha_sigma(logsnr)
-        eps_hat = self.ema(z, times).sample.float()
-        return (eps_hat - sigma * z) / alpha                            # eps = sigma z + alpha v
+        return (self.ema(z, times).sample - sigma * z) / alpha          # eps = sigma z + alpha v
 
 
 RACERS = {
@@ -168,7 +186,8 @@ RACERS = {
     "UViT": TheirUViT,
     "UViT-eps": lambda *a, **k: TheirUViT(*a, **k, min_snr_loss_weight=False, noise_d=32),
     "UNet2D": TheirUNet,
-    "UNet2D-large": lambda *a, **k: TheirUNet(*a, **k, widths=(128, 128, 256, 256, 512, 512)),
+    "UNet2D-large": lambda *a, **k: TheirUNet(*a, **k, groups=32,
+                                              widths=(128, 128, 256, 256, 512, 512)),
 }
 
 
@@ -181,12 +200,18 @@ def is_held_out(name):
 def pictures(source, seed, held_out=False):
     """A dataset of data.py, for training or held out."""
     if source == "flowers":
-        return Flowers(RES, seed + 10**6 * held_out)
+        return Flowers(RES, seed + OTHERS * held_out)
     dataset = Pictures(source, RES, seed, flip=not held_out)
     kept = [i for i, name in enumerate(dataset.names) if is_held_out(name) == held_out]
+    assert kept, f"{source}: no picture {'held out' if held_out else 'left to train on'}"
     dataset.names = [dataset.names[i] for i in kept]
     dataset.labels = [dataset.labels[i] for i in kept]
     return dataset
+
+
+def unit(dataset, numbers):
+    """Pictures of a dataset (B, 3, H, W) in [0, 1]."""
+    return torch.stack([dataset[n][0] for n in numbers]) / 255
 
 
 # ---------------------------------------------------------------------------- the commands
@@ -195,72 +220,81 @@ def run(args):
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     dataset = pictures(args.source, args.seed)
-    racer = RACERS[args.racer](len(dataset.classes), lr=args.lr, batch=args.batch)
-    name = "-".join([args.racer, Path(args.source).stem, str(args.seed)]
-                    + [str(value) for value in (args.lr, args.batch, args.tag) if value])
+    racer = RACERS[args.racer](len(dataset.classes), args.seed, args.lr, args.batch,
+                               args.bf16 == "on")
+    settings = {name: getattr(args, name) for name in
+                ("racer", "source", "seed", "lr", "batch", "bf16", "tag")} | dict(of=args.minutes)
+    name = f"{args.racer}-{Path(args.source).stem}-{args.seed}-of-{args.minutes:g}" + "".join(
+        f"-{part}" for part in (args.lr, args.batch, args.bf16, args.tag) if part)
     FOLDER.mkdir(parents=True, exist_ok=True)
     marks = [mark for mark in MARKS if mark < args.minutes] + [args.minutes]
-    spent, shown, count, losses = 0.0, 0, 0, []
+    spent, next_line, count, losses = 0.0, 0, 0, []
     while marks:
         start = time.perf_counter()
         numbers = range(count, count + racer.batch)
         x, cond, _ = collate([dataset[n] for n in numbers])
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16 == "on"):
-            losses.append(racer.train(numbers, from_uint8(x), cond, spent / (60 * args.minutes)))
+        losses.append(racer.train(numbers, from_uint8(x), cond, spent / (60 * args.minutes)))
         count += len(x)
         spent += time.perf_counter() - start
         if spent >= 60 * marks[0]:
             mark = marks.pop(0)
-            torch.save(dict(racer=args.racer, source=args.source, seed=args.seed, lr=args.lr,
-                            batch=args.batch, tag=args.tag, minutes=mark, of=args.minutes,
-                            pictures=count, weights=racer.ema.state_dict()),
-                       FOLDER / f"{name}-{mark:g}.pt")
-        if spent >= shown:
+            file = FOLDER / f"{name}-{mark:g}.pt"
+            file.with_suffix(".json").unlink(missing_ok=True)           # the score of an older one
+            torch.save(settings | dict(minutes=mark, pictures=count,
+                                       weights=racer.ema.state_dict()), file)
+        if spent >= next_line:
             print(f"{name}: {spent / 60:.1f} minutes, {count} pictures, "
                   f"loss {sum(losses) / len(losses):.4f}", flush=True)
-            shown, losses = shown + 60, []
+            next_line, losses = next_line + 60, []
 
 
 @torch.no_grad()
 def scores(file, n=100, steps=16):
-    """A file of `run` -> dict of its scores."""
+    """A file of `run` -> dict of its scores; n samples."""
     saved = torch.load(file)
-    new = pictures(saved["source"], saved["seed"], held_out=True)
-    racer = RACERS[saved["racer"]](len(new.classes), lr=saved["lr"], batch=saved["batch"])
+    held_out = pictures(saved["source"], saved["seed"], held_out=True)
+    classes, flowers = len(held_out.classes), saved["source"] == "flowers"
+    racer = RACERS[saved["racer"]](classes, lr=saved["lr"], batch=saved["batch"])
     racer.ema.load_state_dict(saved.pop("weights"))
-    x = from_uint8(collate([new[i] for i in range(64)])[0])
+    x = unit(held_out, range(64)) * 2 - 1
     eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     errors = []
     for level in LEVELS:
         logsnr = torch.full((len(x),), float(level))
         alpha, sigma = alpha_sigma(logsnr)
         z = alpha * x + sigma * eps
-        v_hat = torch.cat([racer.v_hat(*part) for part in zip(z.split(64), logsnr.split(64))])
-        errors.append((alpha * z - sigma * v_hat.float() - x).square().mean().sqrt().item())
-    ours, flowers = saved["racer"] == "ours", saved["source"] == "flowers"
-    schedule = karras_spacing(logsnr_schedule("shifted", RES))
-    draw = lambda guidance: torch.cat([sample(
-        racer.v_hat, schedule, picture_noise(saved["seed"], part.tolist(), RES, "cpu"), steps,
-        Condition(part % len(new.classes)) if ours else None, "dpm", guidance=guidance)
-        for part in torch.arange(n).split(50)]) / 2 + .5
+        x_hat = (alpha * z - sigma * racer.v_hat(z, logsnr)).clamp(-1, 1)
+        errors.append((x_hat - x).square().mean().sqrt().item())
+    schedule = karras_spacing(logsnr_schedule("shifted", RES), RES)
+
+    def draw(guidance):
+        parts = []
+        for part in torch.arange(n).split(50):
+            cond = Condition(part % classes) if classes and saved["racer"] == "ours" else None
+            noise = picture_noise(saved["seed"], part.tolist(), RES, "cpu")
+            parts.append(sample(racer.v_hat, schedule, noise, steps, cond, "dpm",
+                                guidance=guidance))
+        return torch.cat(parts) / 2 + .5
+
     drawn = draw(1.0)
-    real = score.real(500, RES, seed=7)[0] if flowers else \
-        torch.stack([new[i][0] for i in range(len(new.names))]) / 255
-    found = dict(saved, error=errors, **score.compare(drawn, real))
-    if ours and flowers:
+    grid(list(to_uint8(drawn[:40] * 2 - 1)), 10).save(Path(file).with_suffix(".png"))
+    others = Flowers(RES, 2 * OTHERS) if flowers else held_out
+    truth = unit(others, range(500 if flowers else len(held_out.names)))
+    found = saved | dict(error=errors, **score.compare(drawn, truth))
+    if flowers and saved["racer"] == "ours":
         petals = score.score(draw(2.0))["petals"]
         found["petals"] = (petals == torch.arange(n) % 10 + 3).float().mean().item()
-    grid(list(to_uint8(drawn[:40] * 2 - 1)), 10).save(Path(file).with_suffix(".png"))
+    train = unit(pictures(saved["source"], saved["seed"]), range(n))
+    found["real"] = score.compare(train, truth)["distance"]
     return found
 
 
 def score_all(args):
     torch.set_num_threads(args.threads)
-    for file in sorted(FOLDER.glob("*.pt")):
+    for file in sorted(FOLDER.glob(f"{args.only}*.pt")):
         result = file.with_suffix(".json")
         if not result.exists():
-            with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16 == "on"):
-                found = scores(file)
+            found = scores(file)
             result.write_text(json.dumps(found))
             print(json.dumps(found), flush=True)
 
@@ -268,28 +302,35 @@ def score_all(args):
 def table(args):
     found = [json.loads(file.read_text()) for file in FOLDER.glob("*.json")]
     for source in sorted({row["source"] for row in found}):
-        rows = sorted((row for row in found if row["source"] == source),
-                      key=lambda row: (row["racer"], row["lr"] or 0, row["batch"] or 0,
-                                       row["seed"], row["minutes"]))
-        print(f"\n| {Path(source).stem} | lr, batch | seed | minutes | pictures "
+        rows = [row for row in found if row["source"] == source]
+        rows.sort(key=lambda row: (row["racer"], row["lr"] or 0, row["batch"] or 0, row["bf16"],
+                                   row["tag"], row["seed"], row["of"], row["minutes"]))
+        print(f"\n| {Path(source).stem} | lr, batch, bf16 | seed | minutes | pictures "
               "| error at logsnr 6, 3, 0, -3, -6 | distance | petals |\n|-|-|-|-|-|-|-|-|")
-        curves = {}
+        curves, longest = {}, {}
         for row in rows:
-            errors = " ".join(f"{error:.3f}"[1:] for error in row["error"])
-            petals = f"{row['petals']:.1%}" if "petals" in row else ""
-            print(f"| {row['racer']} {row['tag']} | {row['lr'] or ''} {row['batch'] or ''} "
-                  f"| {row['seed']} | {row['minutes']:g} | {row['pictures']:,} | {errors} "
+            longest[row["racer"]] = max(row["of"], longest.get(row["racer"], 0))
+        for row in rows:
+            errors = " ".join(f"{error:.3f}".removeprefix("0") for error in row["error"])
+            petals = f"{row['petals']:.0%}" if "petals" in row else ""
+            setting = " ".join(str(row[name]) for name in ("lr", "batch", "bf16", "tag")
+                               if row[name])
+            print(f"| {row['racer']} | {setting} | {row['seed']} "
+                  f"| {row['minutes']:g} of {row['of']:g} | {row['pictures']:,} | {errors} "
                   f"| {row['distance']:.3f} | {petals} |")
-            if row["of"] == max(r["of"] for r in rows if r["racer"] == row["racer"]):
-                curves.setdefault(f"{row['racer']}, seed {row['seed']}", []).append(row)
-        last = max(row["minutes"] for row in rows)
-        top = max(math.log2(row["distance"]) for row in rows)
-        low = min(math.log2(row["distance"]) for row in rows)
+            if row["of"] == longest[row["racer"]]:
+                name = f"{row['racer']}, seed {row['seed']}"
+                curves.setdefault(name, []).append((row["minutes"], row["distance"]))
+        real = sum(row["real"] for row in rows) / len(rows)
+        print(f"| real | | | | | | {real:.3f} | |")
+        last = max(minutes for curve in curves.values() for minutes, _ in curve)
         colours = dict(zip(dict.fromkeys(name.split(",")[0] for name in curves), COLOURS))
-        lines = {name: ([row["minutes"] for row in part],
-                        [math.log2(row["distance"]) for row in part],
-                        colours[name.split(",")[0]]) for name, part in curves.items()}
-        save(plot(lines, (720, 400), (0, last), (math.floor(low), math.ceil(top)),
+        lines = {name: (*zip(*((minutes, math.log2(distance)) for minutes, distance in curve)),
+                        colours[name.split(",")[0]]) for name, curve in curves.items()}
+        lines["real pictures"] = (0, last), (math.log2(real),) * 2, "#999999"
+        heights = [y for _, ys, _ in lines.values() for y in ys]
+        save(plot(lines, (720, 400), (0, last),
+                  (math.floor(min(heights)), math.ceil(max(heights))),
                   "distance over minutes on one core", ticks=lambda y: f"{2**y:.2g}"),
              FOLDER / f"{Path(source).stem}.webp")
 
@@ -309,8 +350,8 @@ def main(argv=None):
     train.add_argument("--tag", default="", help="a word for the row of the table")
     train.set_defaults(command=run)
     scoring = commands.add_parser("score")
+    scoring.add_argument("only", nargs="?", default="", help="files that begin like this")
     scoring.add_argument("--threads", type=int, default=1)
-    scoring.add_argument("--bf16", choices=("on", "off"), default="on")
     scoring.set_defaults(command=score_all)
     commands.add_parser("table").set_defaults(command=table)
     args = parser.parse_args(argv)

@@ -10,7 +10,7 @@ network calls. All rows start from the same noise. Spacings, u going evenly from
     t^P         t = u^P: more steps where pictures are nearly clean
     logsnr      logsnr evenly from that of t = 1 to END
     karrasR     sigma / alpha to the power 1 / R evenly, to logsnr = END (Karras et al., 2022)
-    karrasR@T   the same, beginning at t = T
+    karrasR@L   the same, beginning at logsnr = L of the mean of a picture
 """
 import argparse
 import re
@@ -27,33 +27,34 @@ from checkpoint import load_model
 from data import stacked, to_uint8
 from noise import picture_noise
 from sample import karras_spacing, sample
-from schedule import logsnr_schedule
+from schedule import logsnr_schedule, mean_side
 from uvit import Condition
 
 END = 9.0                           # logsnr at which a picture counts as clean: sigma = 0.011
 ROWS = [f"{sampler} {spacing} {steps}" for steps in (12, 24) for sampler, spacing in (
     ("ancestral0", "t"), ("ancestral0.2", "t"), ("ddim", "t"), ("dpm", "t"), ("dpm", "t^1.5"),
-    ("dpm", "t^2"), ("dpm", "logsnr"), ("dpm", "karras7"), ("dpm", "karras7@.99"),
+    ("dpm", "t^2"), ("dpm", "logsnr"), ("dpm", "karras7"), ("dpm", "karras7@-1.3"),
     ("ancestral0.2", "t^2"))]
 
 
-def spaced(schedule, spacing):
+def spaced(schedule, spacing, d):
     """Schedule of u from 1 to 0 -> logsnr (B,), spaced as named."""
     if spacing[0] == "t":
         p = float(spacing[2:] or 1)
         return lambda u: schedule(u**p)
     if spacing == "logsnr":
         return lambda u: END + u * (schedule(torch.ones(1)) - END)
-    rho, _, start = spacing.removeprefix("karras").partition("@")
-    return karras_spacing(schedule, float(start or 1), END, float(rho))
+    rho, _, first = spacing.removeprefix("karras").partition("@")
+    return karras_spacing(schedule, d, float(first or -99), END, float(rho))
 
 
 def draw(model, schedule, row, numbers, res, guidance, seed):
     name, spacing, steps = row.split()
     sampler, gamma = re.fullmatch(r"([a-z]+)([\d.]*)", name).groups()
     cond = stacked([Condition(i % 10, 0, []) for i in numbers])
-    return sample(model, spaced(schedule, spacing), picture_noise(seed, numbers, res, "cpu"),
-                  int(steps), cond, sampler, float(gamma or 0), guidance)
+    return sample(model, spaced(schedule, spacing, mean_side(res)),
+                  picture_noise(seed, numbers, res, "cpu"), int(steps), cond, sampler,
+                  float(gamma or 0), guidance)
 
 
 def main():

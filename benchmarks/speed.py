@@ -36,7 +36,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from cli import fail
-from data import Pictures
+from data import Pictures, from_uint8
 from flowers import Flowers, draw_flower
 from loss import diffusion_loss
 from memory import checkpointable_blocks, recompute_blocks
@@ -408,15 +408,16 @@ def loading(rounds=5, count=16):
         image.save(folder / "a" / f"{i}.jpg", quality=90)
     name, other = other_loader(folder)
 
-    def read(make):
-        return lambda: [make[i] for i in range(count)]
+    def read(make, convert=False):
+        return lambda: [from_uint8(make[i][0]) if convert else make[i] for i in range(count)]
 
     contenders = {}
     for res in (256, 512):
         contenders[f"{name}, JPEG, {res}"] = read(other(res))
-        contenders[f"ours, JPEG, {res}"] = lambda res=res: read(Pictures(folder, res))()  # no cache
+        contenders[f"ours, JPEG, {res}"] = \
+            lambda res=res: read(Pictures(folder, res), True)()         # no cache
     for res in (64, 128, 256, 512):
-        contenders[f"ours, flowers, {res}"] = read(Flowers(res))
+        contenders[f"ours, flowers, {res}"] = read(Flowers(res), True)
     times = in_turn(rounds, **contenders)
     shutil.rmtree(folder)
     torch.set_num_threads(threads)

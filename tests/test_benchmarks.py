@@ -641,13 +641,13 @@ def test_ablations_few_pictures_are_256_flowers_by_class(tmp_path):
 
 def test_spacings_of_sampling_steps_are_even_in_what_they_are_named_after():
     u, cosine = torch.linspace(1, 0, 9, dtype=torch.float64), schedule.logsnr_cosine
-    assert torch.equal(samplers.spaced(cosine, "t")(u), cosine(u))
-    assert torch.equal(samplers.spaced(cosine, "t^2")(u), cosine(u**2))
+    assert torch.equal(samplers.spaced(cosine, "t", 64)(u), cosine(u))
+    assert torch.equal(samplers.spaced(cosine, "t^2", 64)(u), cosine(u**2))
     root = lambda logsnr: torch.exp(-logsnr / 2) ** (1 / 7)
-    ratio = {"logsnr": (1.0, lambda logsnr: logsnr),        # of these, all differences are equal
-             "karras7": (1.0, root), "karras7@.9": (.9, root)}
-    for name, (start, even) in ratio.items():
-        logsnr, first = samplers.spaced(cosine, name)(u), cosine(torch.tensor([start]))
+    ratio = {"logsnr": (-15, lambda logsnr: logsnr),        # of these, all differences are equal
+             "karras7": (-15, root), "karras7@-2": (-2 - math.log(64**2), root)}
+    for name, (first, even) in ratio.items():
+        logsnr = samplers.spaced(cosine, name, 64)(u)
         assert abs(logsnr[0] - first) < 1e-4 and abs(logsnr[-1] - samplers.END) < 1e-4
         steps = even(logsnr).diff()
         assert (steps / steps.mean() - 1).abs().max() < 1e-4, name

@@ -114,7 +114,7 @@ def test_options_of_sampling_reach_the_sampler(tmp_path, little, calls):
     t = torch.tensor([.3])
     assert torch.equal(given["schedule"](t), schedule.logsnr_shifted(t, 32, 64))
     assert torch.equal(cosine["schedule"](t), schedule.logsnr_cosine(t))
-    karras = sampling.karras_spacing(lambda t: schedule.logsnr_shifted(t, 32, 64))
+    karras = sampling.karras_spacing(lambda t: schedule.logsnr_shifted(t, 32, 64), 32)
     assert torch.equal(usual["schedule"](t), karras(t))
     options = "steps", "sampler", "gamma", "guidance"
     assert [given[name] for name in options] == [2, "ancestral", .7, 2.5]
