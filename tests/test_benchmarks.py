@@ -654,9 +654,11 @@ def test_spacings_of_sampling_steps_are_even_in_what_they_are_named_after():
 
 
 def test_a_row_of_samplers_counts_calls_and_scores(tmp_path, trained_run, monkeypatch):
-    calls, drawn, honest, noise = [], [], samplers.sample, samplers.picture_noise
+    calls, drawn, pictures = [], [], []
+    honest, noise = samplers.sample, samplers.picture_noise
     monkeypatch.setattr(samplers, "picture_noise", lambda *args: drawn.append(args) or noise(*args))
-    monkeypatch.setattr(samplers, "sample", lambda *args: calls.append(args[1:]) or honest(*args))
+    monkeypatch.setattr(samplers, "sample", lambda *args: calls.append(args[1:]) or
+                        pictures.append(honest(*args)) or pictures[-1])
     monkeypatch.setattr(samplers.score, "TRUTH", 20)
     command = ["--ckpt", str(trained_run / "model.pt"), "--n", "30", "--guidance", "1",
                "--rows", "ancestral0.2 t 2", "dpm t^2 3", "--out", str(tmp_path / "table.md")]
@@ -673,6 +675,9 @@ def test_a_row_of_samplers_counts_calls_and_scores(tmp_path, trained_run, monkey
     rows = [line.split(" | ") for line in (tmp_path / "table.md").read_text().splitlines()[2:]]
     assert [row[0] for row in rows] == ["| ancestral0.2 t 2", "| dpm t^2 3"]
     assert all(row[2] == "30" and 0 <= float(row[3].rstrip("%")) <= 100 for row in rows)
+    first, second = (torch.cat(pictures[i:i + 2]) for i in (0, 2))
+    off = (first - second).square().mean().sqrt().item()
+    assert rows[0][-1] == "0.000 |" and abs(float(rows[1][-1].rstrip(" |")) - off) < .002
 
 
 # ---------------------------------------------------------------------------- mutants.py
