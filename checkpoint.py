@@ -304,7 +304,7 @@ class SampleFolder:
         checksums = [info.CRC for info in zipfile.ZipFile(ckpt).infolist()]
         self.settings = vars(options) | dict(
             ckpt=f"{zlib.crc32(repr(checksums).encode()):08x}", out="",
-            device=ranks.device.type, bf16=ranks.has_bf16,
+            device=ranks.device.type,
             spacing="karras from -1.3" if options.sampler == "dpm" else "t",
             guidance_interval=list(options.guidance_interval or self.BEFORE["guidance_interval"]),
             prompt=options.prompt or None, prompts=options.prompts or None)

@@ -194,6 +194,7 @@ class SamplingOptions:
     seed: int = flag(0, "same seed, same pictures", least=0, most=2**63)
     batch: int = flag(16, "pictures at a time", least=1, most=10_000)
     compile: bool = flag(False, "compile the network, for many pictures on a GPU")
+    bf16: bool | None = flag(None, "on or off (default: on where the hardware has it)")
 
 
 SAMPLING_EXAMPLES = """Draw pictures with a trained model.

@@ -189,7 +189,7 @@ def draw_all(model, schedule, options, conds, res, ranks, folder):
     for start in range(options.batch * ranks.rank, options.n, options.batch * ranks.world):
         numbers = range(start, min(start + options.batch, options.n))
         if not folder.has(numbers):                 # skip what a stopped command has drawn
-            with ranks.autocast(ranks.has_bf16):
+            with ranks.autocast(options.bf16):
                 draw_batch(model, schedule, options, conds, numbers, res, ranks.device, folder,
                            bar=ranks.is_first)
     ranks.wait_and_leave_group()            # until all have drawn theirs
@@ -210,6 +210,7 @@ def main(argv=None):
         ranks = Ranks()
     except ValueError as error:
         fail(error, every_rank=True)            # it may concern one process alone
+    options.bf16 = ranks.has_bf16 if options.bf16 is None else options.bf16
     try:
         model, saved = load_model(ckpt, ranks.device)       # the EMA weights, in eval mode
     except ValueError as error:

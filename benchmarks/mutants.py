@@ -910,6 +910,7 @@ LAPTOP = [
     ("train.py", "bf16=config.bf16, **adam", "**adam", "bf16_is_also"),
     ("data.py", "x.float() / 127.5 - 1", "x.float() / 128 - 1", "first_loss or by_the_last"),
     ("flowers.py", "(x * 255).round()", "(x * 255)", "nearest_of_256"),
+    ("sample.py", "ranks.autocast(options.bf16)", "ranks.autocast(ranks.has_bf16)", "as_asked"),
     ("benchmarks/race.py", "== held_out]", "!= held_out]", "scored_against"),
     ("benchmarks/race.py", "digest()[0] < 26", "digest()[0] < 52", "scored_against"),
     ("benchmarks/race.py", "spent >= 60 * marks[0]", "spent >= 30 * marks[0]", "run_and_score"),

@@ -12,6 +12,7 @@ import checkpoint
 import data
 import flowers
 import loss as losses
+import ranks
 import sample as sampling
 import schedule
 from noise import picture_noise
@@ -99,6 +100,17 @@ def test_prompts_are_drawn_in_turns_from_the_command_line_and_from_a_file(tmp_pa
     found = captions("b", "--prompt", "a red flower", "blue", "--n", "5")
     assert found == ["a red flower", "blue", "a red flower", "blue", "a red flower"]
     assert captions("c", "--n", "2") == ["", ""]
+
+
+def test_bf16_of_sampling_is_as_asked_or_as_the_hardware_has_it(tmp_path, little, monkeypatch):
+    run_train(tmp_path / "run", "--steps", "1")
+    seen, honest = [], sampling.sampling_steps
+    monkeypatch.setattr(sampling, "sampling_steps", lambda *args: seen.append(
+        torch.is_autocast_enabled("cpu")) or honest(*args))
+    for i, flags in enumerate((["--bf16", "on"], ["--bf16", "off"], [])):
+        sampling.main(["--ckpt", str(tmp_path / "run/model.pt"), "--n", "1", "--steps", "1", *flags,
+                       "--out", str(tmp_path / f"{i}")])
+    assert seen == [True, False, ranks.Ranks().has_bf16]
 
 
 def test_options_of_sampling_reach_the_sampler(tmp_path, little, calls):
