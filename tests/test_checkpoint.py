@@ -367,7 +367,7 @@ def test_a_run_of_format_2_goes_on(tmp_path):
     file = sorted((tmp_path / "run").glob("ckpt-*.pt"))[-1]
     assert saved.pop("network") and saved["config"].keys() == \
         OLD_SETTINGS.keys() - {"memory_budget", "net"} | {"architecture", "largest_map",
-                                                          "optimizer"}
+                                                          "optimizer", "decay"}
     old = saved | dict(format=2, config=OLD_SETTINGS | dict(out=str(tmp_path / "run")),
                        model=old_names(saved["model"]), ema=old_names(saved["ema"]))
     assert old["model"].keys() != saved["model"].keys()
