@@ -48,7 +48,7 @@ def test_ranks_save_and_leave_when_torchrun_is_killed_or_one_of_them_is_stopped(
     found = re.search(r"stopped and saved at step (\d+)", first.said())
     assert found and f"steps {found[1]} to 60" in second.said()
     os.kill(rank_pid(second, 1), signal.SIGTERM)
-    assert second.wait(120) == 0 and "stopped and saved" in second.said()
+    assert second.wait(120) == 0 and "stopped and saved" in second.said(), second.said()
     run_script(*command)
     assert_same_run(unbroken("two ranks"), tmp_path)
     wait_for(lambda: not processes(tmp_path), seconds=120)
