@@ -176,7 +176,7 @@ class SamplingOptions:
     n: int | None = flag(None, "pictures (default: 16, or one per prompt)", least=1, most=10**7)
     sampler: str = flag("dpm", "dpm (DPM-Solver++), or ancestral (the paper's), or ddim",
                         choices=("dpm", "ancestral", "ddim"))
-    steps: int | None = flag(None, "network calls per picture (default: 24; 128 for ancestral and "
+    steps: int | None = flag(None, "network calls per picture (default: 18; 128 for ancestral and "
                              "ddim)", least=1, most=100_000)
     gamma: float | None = flag(None, "variance of ancestral steps, 0 to 1 (default: 0.2)", least=0,
                                most=1)
@@ -220,7 +220,7 @@ def parse_sampling(argv):
     if options.gamma is not None and options.sampler != "ancestral":
         fail(f"--gamma {options.gamma}: is for --sampler ancestral")
     options.gamma = .2 if options.gamma is None else options.gamma
-    options.steps = options.steps or (24 if options.sampler == "dpm" else 128)
+    options.steps = options.steps or (18 if options.sampler == "dpm" else 128)
     options.n = options.n or len(options.prompt) or 16
     if options.guidance_interval:
         low, high = options.guidance_interval

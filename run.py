@@ -39,7 +39,7 @@ from uvit import Condition
 CHECKPOINTS = "ckpt-" + 8 * "[0-9]" + ".pt"
 NOT_FINITE_AT_MOST = 10         # gradients in a row, then the run ends
 NOISE_LEVELS = 8                # times at which the loss by noise level is measured
-REPORT_STEPS = 24               # network calls for a picture of the grid
+REPORT_STEPS = 18               # network calls for a picture of the grid
 FIRST_REPORT = 50               # step of a first checkpoint and grid, however seldom they are
 
 
