@@ -15,7 +15,8 @@ ELSEWHERE = {"--nproc_per_node", "--nnodes", "--node-rank", "--master-addr", "--
              "--rdzv-backend", "--rdzv-endpoint", "--signals-to-handle", "--shutdown-timeout",
              "--shm-size", "--signal", "--no-deps"}     # of torchrun, Docker, Slurm, pip
 SCRIPTS = ("train.py", "sample.py", "benchmarks/score.py", "benchmarks/ablations.py",
-           "benchmarks/arguments.py")
+           "benchmarks/arguments.py", "benchmarks/samplers.py", "benchmarks/race.py run",
+           "benchmarks/race.py score")
 
 
 def python_blocks(page):
@@ -26,7 +27,8 @@ def python_blocks(page):
 def options():
     """All options of the commands, as their --help lists them."""
     return {option for script in SCRIPTS
-            for option in re.findall(r"--[a-z0-9-]+", run_script(*PYTHON, script, "--help"))}
+            for option in re.findall(r"--[a-z0-9-]+", run_script(*PYTHON, *script.split(),
+                                                                 "--help"))}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

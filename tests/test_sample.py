@@ -132,7 +132,7 @@ def test_options_of_sampling_reach_the_sampler(tmp_path, little, calls):
     assert [given[name] for name in options] == [2, "ancestral", .7, 2.5]
     assert [cosine[name] for name in options] == [128, "ddim", .2, 1]
     assert tuple(given["interval"]) == (-3, 5)
-    assert [usual[name] for name in options] == [24, "dpm", .2, 1]
+    assert [usual[name] for name in options] == [18, "dpm", .2, 1]
     assert usual["interval"][0] < -50 and usual["interval"][1] > 50         # everywhere
 
 
