@@ -881,7 +881,7 @@ LAPTOP = [
     ("benchmarks/samplers.py", "float(first or -99), END", "float(first or -99), 8.0",
      "spacings_of"),
     ("sample.py", 'if options.sampler == "dpm":\n', "if False:\n", "options_of_sampling"),
-    ("config.py", '24 if options.sampler == "dpm" else 128', "24", "options_of_sampling"),
+    ("config.py", '18 if options.sampler == "dpm" else 128', "24", "options_of_sampling"),
     ("config.py", "if options.gamma is not None and", "if False and", "wrong_call"),
     ("benchmarks/samplers.py", "float(gamma or 0)", "0.0", "row_of_samplers"),
     ("benchmarks/samplers.py", "min(first + 20, args.n)", "first + 20", "row_of_samplers"),
