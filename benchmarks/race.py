@@ -223,9 +223,9 @@ def run(args):
     racer = RACERS[args.racer](len(dataset.classes), args.seed, args.lr, args.batch,
                                args.bf16 == "on")
     settings = {name: getattr(args, name) for name in
-                ("racer", "source", "seed", "lr", "batch", "bf16", "tag")} | dict(of=args.minutes)
+                ("racer", "source", "seed", "lr", "batch", "bf16")} | dict(of=args.minutes)
     name = f"{args.racer}-{Path(args.source).stem}-{args.seed}-of-{args.minutes:g}" + "".join(
-        f"-{part}" for part in (args.lr, args.batch, args.bf16, args.tag) if part)
+        f"-{part}" for part in (args.lr, args.batch, args.bf16) if part)
     FOLDER.mkdir(parents=True, exist_ok=True)
     marks = [mark for mark in MARKS if mark < args.minutes] + [args.minutes]
     spent, next_line, count, losses = 0.0, 0, 0, []
@@ -290,7 +290,6 @@ def scores(file, n=100, steps=16):
 
 
 def score_all(args):
-    torch.set_num_threads(args.threads)
     for file in sorted(FOLDER.glob(f"{args.only}*.pt")):
         result = file.with_suffix(".json")
         if not result.exists():
@@ -304,7 +303,7 @@ def table(args):
     for source in sorted({row["source"] for row in found}):
         rows = [row for row in found if row["source"] == source]
         rows.sort(key=lambda row: (row["racer"], row["lr"] or 0, row["batch"] or 0, row["bf16"],
-                                   row["tag"], row["seed"], row["of"], row["minutes"]))
+                                   row["seed"], row["of"], row["minutes"]))
         print(f"\n| {Path(source).stem} | lr, batch, bf16 | seed | minutes | pictures "
               "| error at logsnr 6, 3, 0, -3, -6 | distance | petals |\n|-|-|-|-|-|-|-|-|")
         curves, longest = {}, {}
@@ -313,8 +312,7 @@ def table(args):
         for row in rows:
             errors = " ".join(f"{error:.3f}".removeprefix("0") for error in row["error"])
             petals = f"{row['petals']:.0%}" if "petals" in row else ""
-            setting = " ".join(str(row[name]) for name in ("lr", "batch", "bf16", "tag")
-                               if row[name])
+            setting = " ".join(str(row[name]) for name in ("lr", "batch", "bf16") if row[name])
             print(f"| {row['racer']} | {setting} | {row['seed']} "
                   f"| {row['minutes']:g} of {row['of']:g} | {row['pictures']:,} | {errors} "
                   f"| {row['distance']:.3f} | {petals} |")
@@ -347,11 +345,9 @@ def main(argv=None):
     train.add_argument("--lr", type=float, help="default: the racer's own")
     train.add_argument("--batch", type=int, help="default: the racer's own, 16")
     train.add_argument("--bf16", choices=("on", "off"), default="on")
-    train.add_argument("--tag", default="", help="a word for the row of the table")
     train.set_defaults(command=run)
     scoring = commands.add_parser("score")
     scoring.add_argument("only", nargs="?", default="", help="files that begin like this")
-    scoring.add_argument("--threads", type=int, default=1)
     scoring.set_defaults(command=score_all)
     commands.add_parser("table").set_defaults(command=table)
     args = parser.parse_args(argv)
