@@ -48,8 +48,8 @@ def diffusion_loss(model, x, t, eps, schedule, cond=None, kind="eps", multiscale
 
     model: (z, logsnr, cond) -> v_hat;  x, eps: (B, C, H, W), x in [-1, 1], eps unit noise;
     t: (B,) in [0, 1];  schedule: t -> logsnr (B,);  cond: handed to the model;
-    kind: "eps", the error of eps_hat, as in the paper's text, or "v", that of v_hat, as in its list
-    of settings for ImageNet; eps - eps_hat = alpha (v - v_hat);
+    kind: "eps", the error of eps_hat (the paper's text), or "v", the error of v_hat (the paper's
+    settings for ImageNet); the one is alpha times the other: eps - eps_hat = alpha (v - v_hat);
     multiscale: the sum over scales in place of the plain mean;
     weight: t -> w(t), (B, 1, 1, 1); None means w = 1, as in the paper. Returns a scalar.
     """

@@ -1,8 +1,9 @@
 """Sampling (Appendix A): ancestral steps, DDIM and DPM-Solver++, guidance; `python sample.py`.
 
-Sampling goes from unit noise at t = 1 (DPM-Solver++: just below) down a grid of times to t = 0,
-uniform for the paper's sampler. A step from t to s < t calls the network once, for x_hat, and draws
-z_s from z_t and x_hat (DPM-Solver++ also from the x_hat before). The last step returns x_hat.
+Sampling goes from unit noise at t = 1 down a uniform grid of times to t = 0; for DPM-Solver++ the
+command takes the logsnrs of `karras_spacing` instead. A step from t to s < t calls the network
+once, for x_hat, and draws z_s from z_t and x_hat (DPM-Solver++ also from the x_hat before). The
+last step returns x_hat.
 """
 import math
 import signal
@@ -59,14 +60,14 @@ def dpm_step(z, x_hat, logsnr_t, logsnr_s, x_hat_before, logsnr_before):
 def karras_spacing(schedule, d, first=-1.3, last=9.0, rho=7.0):
     """The spacing of Karras et al. (2022, Eq. 5; not in the paper), as a schedule u -> logsnr (B,).
 
-    (sigma / alpha)^(1 / rho) is linear in u. At u = 1, logsnr is `first` for the mean of a d x d
-    picture (Eq. 4), so that even its colour is hidden; at u = 0 it is `last`, for each pixel.
-    Neither is beyond the ends of the schedule.
+    (sigma / alpha)^(1 / rho) is linear in u. At u = 0, logsnr is `last`. At u = 1 the mean of a
+    d x d picture, whose logsnr is 2 log(d) higher (Eq. 4), has `first`: even its colour is hidden.
+    Both were found by trial; the ends of the schedule bound them.
     """
-    begin = schedule(torch.ones(1)).clamp(min=first - 2 * math.log(d))
-    end = schedule(torch.zeros(1)).clamp(max=last)
-    low, high = (torch.exp(-logsnr / 2 / rho) for logsnr in (end, begin))
-    return lambda u: -2 * rho * torch.log(low + u * (high - low))
+    logsnr_first = schedule(torch.ones(1)).clamp(min=first - 2 * math.log(d))
+    logsnr_last = schedule(torch.zeros(1)).clamp(max=last)
+    root_first, root_last = (torch.exp(-a / 2 / rho) for a in (logsnr_first, logsnr_last))
+    return lambda u: -2 * rho * torch.log(root_last + u * (root_first - root_last))
 
 
 def guided(model, z, logsnr, cond, guidance):
@@ -96,7 +97,7 @@ def sampling_steps(model, schedule, new_noise, steps, cond=None, sampler="ancest
     outside of which there is no guidance (SiD2).
     """
     assert sampler in ("ancestral", "ddim", "dpm"), f"no sampler {sampler!r}"
-    z, before = new_noise(), None
+    z, before, was_inside = new_noise(), None, None
     logsnrs = schedule(torch.linspace(1, 0, steps + 1))     # on the CPU, to test `interval`
     for i in range(steps):
         logsnr_t = logsnrs[i].to(z.device).expand(len(z))
@@ -107,13 +108,15 @@ def sampling_steps(model, schedule, new_noise, steps, cond=None, sampler="ancest
         yield z, x_hat
         if i == steps - 1:
             break
+        if inside != was_inside:        # guidance goes on or off, and x_hat jumps:
+            before = None               # no extrapolation from the step before
         if sampler == "ancestral":
             z = ancestral_step(z, x_hat, logsnr_t, logsnr_s, gamma, new_noise())
-        elif sampler == "ddim" or before is None or before[2] != inside:    # guidance on or off:
-            z = ddim_step(z, x_hat, logsnr_t, logsnr_s)                     # x_hat jumps
+        elif sampler == "ddim" or before is None:
+            z = ddim_step(z, x_hat, logsnr_t, logsnr_s)
         else:
-            z = dpm_step(z, x_hat, logsnr_t, logsnr_s, *before[:2])
-        before = x_hat, logsnr_t, inside
+            z = dpm_step(z, x_hat, logsnr_t, logsnr_s, *before)
+        before, was_inside = (x_hat, logsnr_t), inside
 
 
 def sample(*args, **options):

@@ -24,7 +24,7 @@ def height_width(res):
 
 
 def mean_side(res):
-    """Side d of a picture. If it is not square, ours: sqrt(height width), "384x640" -> 495.7."""
+    """Side d of a picture; if not square, sqrt(height width), our choice: "384x640" -> 495.7."""
     height, width = height_width(res)
     return math.sqrt(height * width)
 

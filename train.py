@@ -34,14 +34,14 @@ def loss_function(config):
     schedule = logsnr_schedule(config.schedule, config.res, config.noise_d)
     weight = None                                       # the paper's: 1
     if config.loss == "sid2":
-        d = mean_side(config.res)                       # the default of b depends on it
+        d = mean_side(config.res)                       # the default of the bias depends on it
         weight = partial(sigmoid_weight, schedule=schedule, d=d, b=config.bias)
     return partial(diffusion_loss, schedule=schedule, kind="v" if config.loss == "v" else "eps",
                    multiscale=config.multiscale, weight=weight)
 
 
 def learning_rate(step, config):
-    """Of a step: lr after a linear warm-up; it ends on a linear fall to 0 where `decay` is set."""
+    """At a step: a linear warm-up, then lr; over the last `decay` of the run a linear fall to 0."""
     rise = (step + 1) / config.warmup
     fall = (config.steps - step) / (config.decay * config.steps) if config.decay else 1
     return config.lr * min(1, rise, fall)
@@ -67,7 +67,7 @@ def update_ema(ema_model, model, decay):
 def prepare(config, ranks, loss_fn):
     """-> dataset, parts, settings of the network, model. Exits with one line on wrong input.
 
-    parts: (how many parts a batch is computed in, the reason, to be printed).
+    parts: (number of parts a batch is computed in, by gradient accumulation; reason, printed).
     """
     try:
         dataset = load_dataset(config)
@@ -98,11 +98,11 @@ def train(config, ranks):
     ranks.place(model, ema_model, config)       # to this rank's GPU; with --shard a share of each
     adam = dict(lr=config.lr, betas=(0.9, 0.99), eps=1e-12, fused=True)
     optimizer = torch.optim.Adam(model.parameters(), **adam) if config.optimizer == "adam" else \
-        Muon(model, bf16=config.bf16, **adam)   # ours, for `laptop`
+        Muon(model, bf16=config.bf16, **adam)   # for `laptop`: ours, not the paper's
     # Entering a Run loads the last checkpoint, if there is one, into model, EMA and optimizer.
     with Run(config, ranks, dataset, settings, model, ema_model, optimizer, parts) as run:
         wrapped = ranks.wrap(model, config)             # compiled, and DDP
-        run.try_memory(wrapped, loss_fn)            # tries the estimate: more parts if need be
+        run.try_memory(wrapped, loss_fn)            # one loss and backward: more parts if need be
 
         for step in run.steps():                        # from the last checkpoint on
             for group in optimizer.param_groups:
@@ -113,7 +113,7 @@ def train(config, ranks):
             for numbers, x, cond, is_last in run.parts_of_batch(step):
                 # t, u ~ U(0, 1), eps ~ N(0, 1)
                 t, eps, u = draw_noise(config.seed, numbers, config.res, ranks.device)
-                cond = cond.dropped(u < config.drop_label)      # 10%, for guidance
+                cond = cond.dropped(u < config.drop_label)      # 10%, for guidance; captions, too
                 with ranks.no_sync(wrapped, unless=is_last):
                     with ranks.autocast(config.bf16):
                         loss = loss_fn(wrapped, x, t, eps, cond=cond)
@@ -132,7 +132,7 @@ def main(argv=None):
         ranks = Ranks()
     except ValueError as error:
         fail(error, every_rank=True)
-    divisor = ranks.world * (config.accum or 1)         # else they are chosen
+    divisor = ranks.world * (config.accum or 1)
     if config.batch % divisor:
         by_parts = f" x --accum {config.accum}" if config.accum else ""
         fail(f"--batch {config.batch}: must be a multiple of {divisor}, {ranks.world} ranks"
@@ -143,7 +143,7 @@ def main(argv=None):
         fail("--shard: divides the model among ranks, which torchrun starts: see the README")
     config.bf16 = ranks.has_bf16 if config.bf16 is None else config.bf16
     config.compile = compile_or_not(config.compile, ranks.device)
-    launch(train, config, ranks)        # calls train(config, ranks); one line if a rank dies
+    launch(train, config, ranks)        # train(config, ranks); if a rank dies, prints one line
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The U-ViT (Sections 3.3 to 3.5, Figure 8, Appendix B) and the table of presets.
 
-A small convolutional U-Net around a large transformer at 16 x 16. Scaling is cheap down there:
-by Table 1 (batch 1024) a convolution has 16 GB of features for 2.8 MB of kernel at 256 x 256, and
-0.5 GB for 180 MB at 16 x 16. The first layer keeps maps at 128 x 128 or smaller.
+A small convolutional U-Net around a large transformer at 16 x 16. Weights are cheap down there: by
+Table 1 (batch 1024) a convolution with 180 MB of weights (1024 channels) has 0.5 GB of features; at
+256 x 256 one with 2.8 MB (128 channels) has 16 GB. The first layer keeps maps at 128 or smaller.
 
     z -> wavelet -> ResBlocks at 128 -- a skip per ResBlock --> ResBlocks at 128 -> inverse -> v_hat
                       pool |                                           ^ upsample
@@ -20,14 +20,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from attention import dot_product_attention
 from schedule import height_width, mean_side
 from wavelet import dwt, idwt
 
 PRESETS = {     # widths at 128, 64, 32, 16; ResBlocks at 128, 64, 32; transformer blocks at 16 x 16
-    "laptop": dict(network=dict(widths=(16, 16, 32, 64, 128), blocks=(1, 1, 1, 1), depth=6,  # 8 x 8
+    "laptop": dict(network=dict(widths=(16, 16, 32, 64, 128), blocks=(1, 1, 1, 1), depth=6,
                                 head_dim=64, emb_dim=256, dropout=0.0, position_init="sines"),
                    training=dict(batch=16, steps=3_800, lr=2e-3, warmup=100, optimizer="muon",
-                                 decay=.4)),
+                                 decay=.4)),        # ResBlocks also at 16, transformer at 8 x 8
     "tiny": dict(network=dict(widths=(16, 16, 48, 128), blocks=(1, 1, 1), depth=4, head_dim=64,
                               emb_dim=256, dropout=0.0, position_init="sines"),
                  training=dict(batch=32, steps=1_500, lr=2e-3, warmup=100)),
@@ -54,12 +55,10 @@ class Condition(NamedTuple):
     tokens: torch.Tensor | None = None      # (B, L) caption, padded with 0; all 0: no caption
 
     def dropped(self, drop):
-        """Without class and caption where drop (B,) is true, as guidance needs it (Appendix A).
-        `portrait` is kept, so that guidance does not push towards one orientation.
-        """
+        """Without class and caption where drop (B,) is true, as guidance needs it (Appendix A)."""
         label = None if self.label is None else torch.where(drop, -1, self.label)
         tokens = None if self.tokens is None else torch.where(drop[:, None], 0, self.tokens)
-        return Condition(label, self.portrait, tokens)
+        return Condition(label, self.portrait, tokens)  # no guidance towards an orientation
 
 
 def patch_levels(res, largest=128):
@@ -137,9 +136,7 @@ class AttentionBlock(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                    # (B, heads, N, head_dim) each
         # Autocast would run these norms in bfloat16.
         q, k = self.norm_q(q.float()).to(v.dtype), self.norm_k(k.float()).to(v.dtype)
-        by_hand = q.is_cpu and N <= 64      # there the fused kernel takes several times as long
-        h = (q @ k.mT / self.head_dim**.5).softmax(-1) @ v if by_hand else \
-            F.scaled_dot_product_attention(q, k, v)
+        h = dot_product_attention(q, k, v)
         return x + self.linear_out(h.transpose(1, 2).reshape(B, N, C))
 
 
@@ -156,7 +153,7 @@ class Embedding(nn.Module):
             if text_width else None
 
     def forward(self, logsnr, cond=Condition(), encoded=None):
-        """encoded: a caption's features (B, L, T) and mask (B, L), at least one token each."""
+        """encoded: a caption's features (B, L, T) and mask (B, L); an empty one has one token."""
         # logsnr spans about 30: periods from 1 to 100. (MPS has no logspace.)
         periods = 10 ** torch.linspace(0, 2, self.emb_dim // 2, device=logsnr.device)
         angle = 2 * math.pi * logsnr[:, None] / periods
@@ -203,9 +200,11 @@ def sine_positions(width, H, W):
 
 
 def stages(widths, blocks, halvings):
-    """Widths and blocks from the largest map on. Those above 128 (patch "none") are as at 128."""
-    widths, blocks = widths[:1] * halvings + widths, blocks[:1] * halvings + blocks
-    return list(widths[-halvings - 1:]), blocks[len(blocks) - halvings:]
+    """Widths and blocks from the largest map down. Those above 128 (patch "none") are as at 128."""
+    above = max(0, halvings - len(blocks))  # number of stages above 128
+    widths, blocks = widths[:1] * above + widths, blocks[:1] * above + blocks
+    unused = len(blocks) - halvings         # a 64 x 64 picture has no maps at 128: 1
+    return list(widths[unused:]), blocks[unused:]
 
 
 class UViT(nn.Module):
@@ -220,7 +219,7 @@ class UViT(nn.Module):
     text: None, or an encoder of captions, which brings its cross-attention block (text.py).
     """
 
-    skip_per_block = True           # sid2.py: one per stage, by its own go_down and go_up
+    skip_per_block = True           # the variant in sid2.py has one per stage instead
 
     def __init__(self, res, widths, blocks, depth, head_dim, emb_dim, dropout=0.0,
                  position_init="gauss", patch="dwt", largest_map=128, dropout_res=16, classes=0,
@@ -229,8 +228,9 @@ class UViT(nn.Module):
         assert patch in ("dwt", "conv", "none"), f"patch must be dwt, conv or none, not {patch!r}"
         self.text = text
         text_width = text.width if text else 0
-        halvings = halvings_to(128 >> len(blocks), res, largest_map)    # by pooling, to 16 x 16
-        levels = patch_levels(res, largest_map)                         # by the first layer
+        smallest = 128 >> len(blocks)                           # side of the smallest map: 16
+        halvings = halvings_to(smallest, res, largest_map)      # by pooling
+        levels = patch_levels(res, largest_map)                 # by the first layer
         if patch == "none":
             halvings, levels = halvings + levels, 0
         self.wavelet_levels = levels if patch == "dwt" else 0

@@ -8,8 +8,8 @@ loses nothing. One level along one axis is two "lifting" steps, without rounding
     s[n] = x[2n] + (d[n-1] + d[n]) / 4          low band: x at half the size, as bright as x
 
 Borders are mirrored: x[N] = x[N-2] and d[-1] = d[0]. Each step adds to one half of the samples a
-function of the other half, so subtracting the same in reverse order inverts it exactly. The loss
-is on pixels, so that a scaling of the bands, of which the paper says nothing, would not change it.
+function of the other half, so subtracting the same in reverse order inverts it exactly. The paper
+does not say whether the bands are scaled. Here they are not; the loss, on pixels, is the same.
 """
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ def preceding(d, dim):
 
 def lift(x, dim):
     """One level along dim (-1 or -2), of even length: (..., N, ...) -> s, d: (..., N / 2, ...)."""
-    pairs = x.unflatten(dim, (-1, 2))       # (..., N / 2, 2, ...); dim is negative: now that of 2
+    pairs = x.unflatten(dim, (-1, 2))         # dim = -2: (..., N, W) -> (..., N / 2, 2, W)
     even, odd = pairs.unbind(dim)
     d = odd - (even + following(even, dim)) / 2
     s = even + (preceding(d, dim) + d) / 4
@@ -40,7 +40,7 @@ def unlift(s, d, dim):
     """Inverse of `lift`, dim -1 or -2: s, d: (..., N / 2, ...) -> (..., N, ...)."""
     even = s - (preceding(d, dim) + d) / 4
     odd = d + (even + following(even, dim)) / 2
-    pairs = torch.stack([even, odd], dim)       # (..., N / 2, 2, ...)
+    pairs = torch.stack([even, odd], dim)   # dim = -2: (..., N / 2, W) twice -> (..., N / 2, 2, W)
     return pairs.flatten(dim - 1, dim)
 
 

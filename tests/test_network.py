@@ -17,6 +17,7 @@ import sid2
 import text
 import train
 import uvit
+from attention import dot_product_attention
 from tests.helpers import condition, random_weights, small_uvit
 
 
@@ -69,6 +70,15 @@ def test_each_block_is_the_identity_at_the_start():
     assert uvit.AttentionBlock(16, 8)(x).equal(x)
     h, skip = torch.randn(2, 2, 16, 6, 6)
     assert uvit.ResBlock(16, 8, 0.0, has_skip=True)(h, emb, skip).equal(h)
+
+
+@pytest.mark.parametrize("N", [5, 64, 65])      # by hand up to 64
+def test_attention_in_bfloat16_is_that_of_float64_up_to_rounding(N):
+    q, k, v = torch.randn(3, 2, 3, N, 16, dtype=torch.float64)
+    expected = torch.einsum("bhij,bhjc->bhic",
+                            torch.softmax(torch.einsum("bhic,bhjc->bhij", q, k) / 4, -1), v)
+    h = dot_product_attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    assert torch.allclose(h.double(), expected, atol=0.05)
 
 
 def test_upsampling_makes_each_value_a_square():
