@@ -1,8 +1,8 @@
 """The U-ViT (Sections 3.3 to 3.5, Figure 8, Appendix B) and the table of presets.
 
 A small convolutional U-Net around a large transformer at 16 x 16. Weights are cheap down there: by
-Table 1 (batch 1024) a convolution with 180 MB of weights (1024 channels) has 0.5 GB of features; at
-256 x 256 one with 2.8 MB (128 channels) has 16 GB. The first layer keeps maps at 128 or smaller.
+Table 1 (batch 1024) a convolution of 1024 channels has 180 MB of kernel and 0.5 GB of features; at
+256 x 256 one of 128 channels has 2.8 MB and 16 GB. The first layer keeps maps at 128 or smaller.
 
     z -> wavelet -> ResBlocks at 128 -- a skip per ResBlock --> ResBlocks at 128 -> inverse -> v_hat
                       pool |                                           ^ upsample
@@ -153,7 +153,7 @@ class Embedding(nn.Module):
             if text_width else None
 
     def forward(self, logsnr, cond=Condition(), encoded=None):
-        """encoded: a caption's features (B, L, T) and mask (B, L); an empty one has one token."""
+        """encoded: features of a caption (B, L, T), mask (B, L) with at least one of them."""
         # logsnr spans about 30: periods from 1 to 100. (MPS has no logspace.)
         periods = 10 ** torch.linspace(0, 2, self.emb_dim // 2, device=logsnr.device)
         angle = 2 * math.pi * logsnr[:, None] / periods
@@ -228,7 +228,7 @@ class UViT(nn.Module):
         assert patch in ("dwt", "conv", "none"), f"patch must be dwt, conv or none, not {patch!r}"
         self.text = text
         text_width = text.width if text else 0
-        smallest = 128 >> len(blocks)                           # side of the smallest map: 16
+        smallest = 128 >> len(blocks)       # the smallest map is at most this: 16 (laptop: 8)
         halvings = halvings_to(smallest, res, largest_map)      # by pooling
         levels = patch_levels(res, largest_map)                 # by the first layer
         if patch == "none":

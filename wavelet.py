@@ -9,7 +9,7 @@ loses nothing. One level along one axis is two "lifting" steps, without rounding
 
 Borders are mirrored: x[N] = x[N-2] and d[-1] = d[0]. Each step adds to one half of the samples a
 function of the other half, so subtracting the same in reverse order inverts it exactly. The paper
-does not say whether the bands are scaled. Here they are not; the loss, on pixels, is the same.
+does not say whether the bands are scaled; here they are not.
 """
 import torch
 import torch.nn.functional as F
