@@ -377,7 +377,7 @@ SURVIVAL = [  # kills, signals, full disks, damage, lost ranks, compilers
     ("ranks.py", "    optimizer.found_inf = skipped\n", "", "never_reaches"),
     ("ranks.py", "get_total_norm(local_shards(tensors)).isfinite()",
      "get_total_norm(local_shards(tensors)) >= 0", "weights_that_are_not"),
-    ("ranks.py", 'f"restart {restarts}"', '"restart"', "max_restarts"),
+    ("ranks.py", 'f"restart {restarts}"', '"restart"', "no_address_of_before"),
     ("ranks.py", '(silent if "Timed out" in str(error) else gone).append(rank)', "pass",
      "only_the_lost"),
     ("ranks.py", "sorted(gone or silent)", "sorted(silent)", "only_the_lost"),

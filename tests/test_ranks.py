@@ -72,6 +72,23 @@ def test_lost_rank_is_named_and_torchrun_heals_by_max_restarts(tmp_path, unbroke
     assert_same_run(unbroken("two ranks"), tmp_path)
 
 
+def test_ranks_that_max_restarts_starts_again_find_no_address_of_before(tmp_path):
+    script = tmp_path / "restarted.py"
+    script.write_text(BEGIN + f"""
+from pathlib import Path
+from torch.distributed.distributed_c10d import _get_default_store
+from ranks import Ranks
+Ranks().join(timeout=1)
+restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+Path({str(tmp_path)!r}, f"found-{{restarts}}").write_text(
+    str([_get_default_store().check([key]) for key in ("0", "1")]))
+_get_default_store().set(str(restarts), "an address")
+sys.exit(restarts == 0)
+""")
+    run_script(*TORCHRUN, "--nproc_per_node=1", "--max-restarts=1", script)
+    assert [(tmp_path / f"found-{i}").read_text() for i in (0, 1)] == [str([False, False])] * 2
+
+
 @pytest.mark.parametrize("fate", ["pass", "os._exit(0)"], ids=["hung", "dead"])
 def test_of_four_ranks_only_the_lost_one_is_named(tmp_path, fate):
     script = tmp_path / "probe.py"
