@@ -901,7 +901,7 @@ LAPTOP = [
     ("muon.py", '"text.", "position")', '"position")', "has_the_matrices"),
     ("config.py", 'config.optimizer or "adam", config.decay', 'config.optimizer, config.decay',
      "res_and_model"),
-    ("train.py", 'if config.optimizer == "adam" else', "if True else", "every_network"),
+    ("train.py", 'if config.optimizer == "adam" else', "if True else", "bf16_is_also"),
     ("checkpoint.py", 'dict(optimizer="adam", decay=0.0) | saved["config"]', 'saved["config"]',
      "format_2_goes_on"),
     ("train.py", "(config.steps - step) / (config", "(config.steps - step - 1) / (config",
