@@ -98,11 +98,11 @@ def train(config, ranks):
     ranks.place(model, ema_model, config)       # to this rank's GPU; with --shard a share of each
     adam = dict(lr=config.lr, betas=(0.9, 0.99), eps=1e-12, fused=True)
     optimizer = torch.optim.Adam(model.parameters(), **adam) if config.optimizer == "adam" else \
-        Muon(model, bf16=config.bf16, **adam)   # for `laptop`; not the paper's
+        Muon(model, bf16=config.bf16, **adam)   # for `laptop`: Muon for matrices
     # Entering a Run loads the last checkpoint, if there is one, into model, EMA and optimizer.
     with Run(config, ranks, dataset, settings, model, ema_model, optimizer, parts) as run:
         wrapped = ranks.wrap(model, config)             # compiled, and DDP
-        run.try_memory(wrapped, loss_fn)            # on a GPU, one loss: more parts if need be
+        run.try_memory(wrapped, loss_fn)            # on a GPU, a trial: more parts if need be
 
         for step in run.steps():                        # from the last checkpoint on
             for group in optimizer.param_groups:

@@ -1,8 +1,8 @@
 """The U-ViT (Sections 3.3 to 3.5, Figure 8, Appendix B) and the table of presets.
 
-A small convolutional U-Net around a large transformer at 16 x 16. Weights are cheap down there: by
-Table 1 (batch 1024) a convolution of 1024 channels has 180 MB of kernel and 0.5 GB of features; at
-256 x 256 one of 128 channels has 2.8 MB and 16 GB. The first layer keeps maps at 128 or smaller.
+A small convolutional U-Net around a large transformer at 16 x 16. Large maps fill the memory, not
+weights: by Table 1 (batch 1024) 128 channels at 256 x 256 have 16 GB of features and 2.8 MB of
+kernel, 1024 channels at 16 x 16 have 0.5 GB and 180 MB. The first layer keeps maps at 128 or less.
 
     z -> wavelet -> ResBlocks at 128 -- a skip per ResBlock --> ResBlocks at 128 -> inverse -> v_hat
                       pool |                                           ^ upsample
@@ -153,7 +153,7 @@ class Embedding(nn.Module):
             if text_width else None
 
     def forward(self, logsnr, cond=Condition(), encoded=None):
-        """encoded: features of a caption (B, L, T), mask (B, L) with at least one of them."""
+        """encoded: features of a caption (B, L, T), mask (B, L), 1 for a token, at least one."""
         # logsnr spans about 30: periods from 1 to 100. (MPS has no logspace.)
         periods = 10 ** torch.linspace(0, 2, self.emb_dim // 2, device=logsnr.device)
         angle = 2 * math.pi * logsnr[:, None] / periods
@@ -201,9 +201,9 @@ def sine_positions(width, H, W):
 
 def stages(widths, blocks, halvings):
     """Widths and blocks from the largest map down. Those above 128 (patch "none") are as at 128."""
-    above = max(0, halvings - len(blocks))  # number of stages above 128
+    above = max(0, halvings - len(blocks))  # blocks: one entry per halving from 128 on
     widths, blocks = widths[:1] * above + widths, blocks[:1] * above + blocks
-    unused = len(blocks) - halvings         # a 64 x 64 picture has no maps at 128: 1
+    unused = len(blocks) - halvings         # stages too large for the picture: 1 at 64 x 64
     return list(widths[unused:]), blocks[unused:]
 
 
