@@ -162,8 +162,8 @@ def curves(folder):
 def sizes(res):
     """A table of the models: batch and steps, GB of a GPU with bf16 and compiled, computed."""
     configs = [parse_config(["--res", res, "--model", model]) for model in PRESETS]
-    print("| `--model` | M weights | batch, steps | fixed GB | fixed GB per GPU, 8 with `--shard` "
-          "| GB a picture | pictures at once in 24 GB "
+    print("| `--model` | M weights | batch, steps | fixed GB "
+          "| fixed GB on each of 8 GPUs, `--shard` | GB a picture | pictures at once in 24 GB "
           "| in 80 GB |\n|-|-|-|-|-|-|-|-|")
     for config in configs:
         config = dataclasses.replace(config, bf16=True, compile=True)
