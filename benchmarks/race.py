@@ -344,7 +344,8 @@ def main(argv=None):
     train.add_argument("--minutes", type=float, default=20)
     train.add_argument("--lr", type=float, help="default: the racer's own")
     train.add_argument("--batch", type=int, help="default: the racer's own, 16")
-    train.add_argument("--bf16", choices=("on", "off"), default="on")
+    train.add_argument("--bf16", choices=("on", "off"), help="default: where the CPU has it",
+                       default="on" if torch.cpu._is_avx512_bf16_supported() else "off")
     train.set_defaults(command=run)
     scoring = commands.add_parser("score")
     scoring.add_argument("only", nargs="?", default="", help="files that begin like this")
