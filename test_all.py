@@ -365,9 +365,9 @@ def test_mlp_block_is_film_on_4_c_hidden_units_after_swish():
 
 
 @torch.no_grad()
-def test_attention_normalises_q_and_k_per_head(tokens=5):
+def test_attention_normalises_q_and_k_per_head():
     block = random_weights(uvit.AttentionBlock(8, 4)).float()       # q, k: normalised in float32
-    x, out = torch.randn(1, tokens, 8), torch.zeros(tokens, 8)
+    x, out = torch.randn(1, 5, 8), torch.zeros(5, 8)
     qkv = linear(layer_norm(x, block.norm), block.qkv)[0]
     rms = lambda a, norm: a / a.square().mean(-1, keepdim=True).sqrt() * norm.weight
     for head in (0, 1):
