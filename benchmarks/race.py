@@ -26,7 +26,8 @@ the clock. Scores are of the EMA in float32:
                 x_hat without class and clipped to [-1, 1]
     distance    of benchmarks/score.py, of 100 pictures drawn by DPM-Solver++ in 16 steps without
                 guidance, to real ones (held-out photographs, other flowers); ours draws its classes
-                in turn. The row `real` is that of 100 pictures of the training set
+                in turn. The row `real` is that of 100 pictures of the training set. Photographs
+                are compared by the features of a trained network; the head of score.py says which
     petals      share with the number of petals of their class, guidance 2 (ours, flowers)
 """
 import argparse
@@ -280,12 +281,12 @@ def scores(file, n=100, steps=16):
     grid(list(to_uint8(drawn[:40] * 2 - 1)), 10).save(Path(file).with_suffix(".png"))
     others = Flowers(RES, 2 * OTHERS) if flowers else held_out
     truth = unit(others, range(500 if flowers else len(held_out.names)))
-    found = saved | dict(error=errors, **score.compare(drawn, truth))
+    found = saved | dict(error=errors, **score.compare(drawn, truth, trained=not flowers))
     if flowers and saved["racer"] == "ours":
         petals = score.score(draw(2.0))["petals"]
         found["petals"] = (petals == torch.arange(n) % 10 + 3).float().mean().item()
     train = unit(pictures(saved["source"], saved["seed"]), range(n))
-    found["real"] = score.compare(train, truth)["distance"]
+    found["real"] = score.compare(train, truth, trained=not flowers)["distance"]
     return found
 
 
