@@ -94,7 +94,7 @@ def prepare(config, ranks, loss_fn):
 def train(config, ranks):
     loss_fn = loss_function(config)
     dataset, parts, settings, model = prepare(config, ranks, loss_fn)
-    ema_model = copy.deepcopy(model).eval().requires_grad_(False)
+    ema_model = copy.deepcopy(model).eval()
     ranks.place(model, ema_model, config)       # to this rank's GPU; with --shard a share of each
     adam = dict(lr=config.lr, betas=(0.9, 0.99), eps=1e-12, fused=True)
     optimizer = torch.optim.Adam(model.parameters(), **adam) if config.optimizer == "adam" else \

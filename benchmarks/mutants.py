@@ -923,6 +923,8 @@ LAPTOP = [
     ("uvit.py", "smallest = 128 >> len(blocks)", "smallest = 16", "laptop_has"),
     ("attention.py", "q @ k.mT / q.shape[-1]**.5", "q @ k.mT", "attention_in_bfloat16"),
     ("checkpoint.py", ".eval(), saved", ".eval().requires_grad_(False), saved", "casts_each"),
+    ("train.py", "deepcopy(model).eval()", "deepcopy(model).eval().requires_grad_(False)",
+     "report_casts_each"),
 ]
 
 

@@ -13,6 +13,7 @@ import data
 import flowers
 import loss as losses
 import ranks
+import run
 import sample as sampling
 import schedule
 from noise import picture_noise
@@ -293,4 +294,19 @@ def test_autocast_casts_each_weight_once_however_many_steps_there_are(trained_ru
         with torch.autocast("cpu", torch.bfloat16), Casts(model.parameters()) as casts:
             sampling.sample(model, schedule.logsnr_cosine, unit, steps, condition([0, 1]))
         counts.append(casts.count)
+    assert counts[0] == counts[1] > 10, counts
+
+
+def test_a_report_casts_each_weight_of_the_ema_once(tmp_path, little, monkeypatch):
+    counts, honest = [], run.Run.report
+
+    def counted(self):
+        with Casts(self.ema.parameters()) as casts:
+            honest(self)
+        counts.append(casts.count)
+
+    monkeypatch.setattr(run.Run, "report", counted)
+    for steps in (1, 3):
+        monkeypatch.setattr(run, "REPORT_STEPS", steps)
+        run_train(tmp_path / str(steps), "--steps", 1, "--sample-every", 1, "--set", "bf16=on")
     assert counts[0] == counts[1] > 10, counts
