@@ -160,7 +160,10 @@ def checked_size(config):
     if [height, width] != near:
         near = f"{near[0]}x{near[1]}" if near[0] != near[1] else near[0]
         also = f" and, at this size, multiples of {steps[0]}" if steps[0] > 1 else ""
-        fail(f"--res {config.res}: sides must be from 16 to 4096{also}, for example {near}")
+        tiny = ""
+        if also and config.architecture == "uvit" and smallest == 8:        # `laptop`
+            tiny = f"; --model tiny takes multiples of {steps[0] // 2}"
+        fail(f"--res {config.res}: sides must be from 16 to 4096{also}, for example {near}{tiny}")
     if config.portrait and height >= width:
         fail(f"--portrait --res {config.res}: needs a size wider than high, like 384x640")
     return height if height == width else f"{height}x{width}"

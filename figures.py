@@ -162,18 +162,14 @@ def curves(folder):
 def sizes(res):
     """A table of the models: batch and steps, GB of a GPU with bf16 and compiled, computed."""
     configs = [parse_config(["--res", res, "--model", model]) for model in PRESETS]
-    print("| `--model` | M weights | batch, steps | fixed GB "
-          "| fixed GB on each of 8 GPUs, `--shard` | GB a picture | pictures at once in 24 GB "
-          "| in 80 GB |\n|-|-|-|-|-|-|-|-|")
+    print("| `--model` | M weights | batch, steps | fixed GB | GB a picture "
+          "| pictures at once in 24 GB | in 80 GB |\n|-|-|-|-|-|-|-|")
     for config in configs:
         config = dataclasses.replace(config, bf16=True, compile=True)
-        loss, many = loss_function(config), dataclasses.replace(config, shard=True)
-        fixed, each, weights = needed(config, 1000, 1, "cuda", loss)
-        sharded, _, _ = needed(many, 1000, 8, "cuda", loss)
+        fixed, each, weights = needed(config, 1000, 1, "cuda", loss_function(config))
         fit = [max(0, int((COMFORT["cuda"] * gb * 1e9 - fixed) / each)) for gb in (24, 80)]
         print(f"| `{config.model}` | {weights / 1e6:,.1f} | {config.batch:,}, {config.steps:,} | "
-              f"{fixed / 1e9:.1f} | {sharded / 1e9:.1f} | {each / 1e9:.2f} | "
-              f"{fit[0] or 'none'} | {fit[1]} |")
+              f"{fixed / 1e9:.1f} | {each / 1e9:.2f} | {fit[0] or 'none'} | {fit[1]} |")
 
 
 def main(arguments):

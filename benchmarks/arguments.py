@@ -135,7 +135,6 @@ def gradient(ckpt, pictures):
     model, config = flowers_model(ckpt)
     res = config["res"]
     schedule, data = logsnr_schedule(config["schedule"], res, config["noise_d"]), Flowers(res, 7)
-    model.requires_grad_(True)
     weights = list(model.parameters())
     scales = [2**k for k in range(12) if k == 0 or mean_side(res) / 2**k >= 32]
     sums = torch.zeros(len(scales), GROUPS, sum(p.numel() for p in weights))

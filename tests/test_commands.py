@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import checkpoint
+import config
 import sample as sampling
 import train
 from tests.helpers import HERE, SMALL, last_checkpoint, one_line, run_train, write_folder
@@ -42,6 +43,14 @@ def test_other_pictures_or_classes_are_refused(tmp_path, little, capsys):
     assert "8 pictures in 2 classes, now 8 in 2: put" in one_line(capsys, train.main, command)
     (tmp_path / "set/c").rename(tmp_path / "set/a")
     assert run_train(tmp_path / "run", *flags, "2")["step"] == 2
+
+
+@pytest.mark.parametrize("res, wrong, right", [(72, 16, 8), (144, 32, 16), (288, 64, 32)])
+def test_a_size_too_odd_for_the_laptop_names_the_model_that_takes_it(res, wrong, right, capsys):
+    error = one_line(capsys, train.main, ["--res", str(res), "--model", "laptop"])
+    assert f"multiples of {wrong}, for example" in error
+    assert error.endswith(f"; --model tiny takes multiples of {right}\n")
+    assert config.parse_config(["--res", str(res), "--model", "tiny"]).res == res
 
 
 WRONG = [       # flags of train.py, what the one line says: argument, value, what would be right
