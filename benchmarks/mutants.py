@@ -925,6 +925,7 @@ LAPTOP = [
     ("checkpoint.py", ".eval(), saved", ".eval().requires_grad_(False), saved", "casts_each"),
     ("train.py", "deepcopy(model).eval()", "deepcopy(model).eval().requires_grad_(False)",
      "report_casts_each"),
+    ("config.py", "multiples of {steps[0] // 2}", "multiples of {steps[0]}", "too_odd"),
 ]
 
 
