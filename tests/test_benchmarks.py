@@ -694,4 +694,4 @@ def test_each_mutant_is_of_code_that_still_stands():
 
 def test_number_of_mutants_is_what_the_readme_says():
     count = sum(map(len, mutants.LISTS.values()))
-    assert f"in {count} places" in " ".join((HERE / "README.md").read_text().split())
+    assert f"- {count} errors, planted" in " ".join((HERE / "README.md").read_text().split())
