@@ -55,6 +55,8 @@ def plot(curves, size, x_range, y_range, title, ticks=lambda y: f"{y:g}"):
         y = torch.as_tensor(y).clamp(low, high).tolist()
         points = [at(a, b) for a, b in zip(torch.as_tensor(x).tolist(), y) if math.isfinite(b)]
         draw.line(points, fill=colour, width=2 * scale, joint="curve")
+        for a, b in points if len(points) < 20 else []:             # few: mark each
+            draw.ellipse([a - 12, b - 12, a + 12, b + 12], fill=colour)
         draw.text((legend, margin + 60 * (i + .5)), name, colour, font, "lm")
     return sheet.resize(size, Image.Resampling.LANCZOS)
 

@@ -326,11 +326,11 @@ def table(args):
         colours = dict(zip(dict.fromkeys(name.split(",")[0] for name in curves), COLOURS))
         lines = {name: (*zip(*((minutes, math.log2(distance)) for minutes, distance in curve)),
                         colours[name.split(",")[0]]) for name, curve in curves.items()}
-        lines["real pictures"] = (0, last), (math.log2(real),) * 2, "#999999"
+        lines["other real pictures"] = (0, last), (math.log2(real),) * 2, "#999999"
         heights = [y for _, ys, _ in lines.values() for y in ys]
         save(plot(lines, (720, 400), (0, last),
                   (math.floor(min(heights)), math.ceil(max(heights))),
-                  "distance over minutes on one core", ticks=lambda y: f"{2**y:.2g}"),
+                  "distance over minutes on one core, log scale", ticks=lambda y: f"{2**y:.2g}"),
              FOLDER / f"{Path(source).stem}.webp")
 
 
