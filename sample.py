@@ -60,9 +60,9 @@ def dpm_step(z, x_hat, logsnr_t, logsnr_s, x_hat_before, logsnr_before):
 def karras_spacing(schedule, d, first=-1.3, last=9.0, rho=7.0):
     """The spacing of Karras et al. (2022, Eq. 5; not in the paper), as a schedule u -> logsnr (B,).
 
-    (sigma / alpha)^(1 / rho) is linear in u. At u = 0, logsnr is `last`. At u = 1, `first` is that
-    of the mean of the picture, so that even its colour is hidden; of d x d pixels, logsnr itself is
-    2 log(d) lower (Eq. 4 of the paper). Both are by trial; the ends of the schedule bound them.
+    (sigma / alpha)^(1 / rho) is linear in u. At u = 0, logsnr is `last`. At u = 1 the mean colour
+    of the d x d pixels has logsnr `first`, low enough to hide it; that of each pixel is 2 log(d)
+    lower (Eq. 4 of the paper). Both are by trial; the ends of the schedule bound them.
     """
     logsnr_first = schedule(torch.ones(1)).clamp(min=first - 2 * math.log(d))
     logsnr_last = schedule(torch.zeros(1)).clamp(max=last)

@@ -98,7 +98,7 @@ def train(config, ranks):
     ranks.place(model, ema_model, config)       # to this rank's GPU; with --shard a share of each
     adam = dict(lr=config.lr, betas=(0.9, 0.99), eps=1e-12, fused=True)
     optimizer = torch.optim.Adam(model.parameters(), **adam) if config.optimizer == "adam" else \
-        Muon(model, bf16=config.bf16, **adam)   # for `laptop`: Muon for matrices
+        Muon(model, bf16=config.bf16, **adam)   # `laptop`: Muon for matrices, Adam for others
     # Entering a Run loads the last checkpoint, if there is one, into model, EMA and optimizer.
     with Run(config, ranks, dataset, settings, model, ema_model, optimizer, parts) as run:
         wrapped = ranks.wrap(model, config)             # compiled, and DDP

@@ -1,7 +1,7 @@
 """The U-ViT (Sections 3.3 to 3.5, Figure 8, Appendix B) and the table of presets.
 
-A small convolutional U-Net around a large transformer at 16 x 16. Large maps fill the memory, not
-weights: by Table 1 (batch 1024) 128 channels at 256 x 256 have 16 GB of features and 2.8 MB of
+A small convolutional U-Net around a large transformer at 16 x 16: large maps cost memory, even with
+few weights. By Table 1 (batch 1024) 128 channels at 256 x 256 have 16 GB of features and 2.8 MB of
 kernel, 1024 channels at 16 x 16 have 0.5 GB and 180 MB. The first layer keeps maps at 128 or less.
 
     z -> wavelet -> ResBlocks at 128 -- a skip per ResBlock --> ResBlocks at 128 -> inverse -> v_hat
@@ -28,7 +28,7 @@ PRESETS = {     # widths at 128, 64, 32, 16; ResBlocks at 128, 64, 32; transform
     "laptop": dict(network=dict(widths=(16, 16, 32, 64, 128), blocks=(1, 1, 1, 1), depth=6,
                                 head_dim=64, emb_dim=256, dropout=0.0, position_init="sines"),
                    training=dict(batch=16, steps=3_800, lr=2e-3, warmup=100, optimizer="muon",
-                                 decay=.4)),        # ResBlocks also at 16, transformer at 8 x 8
+                                 decay=.4)),        # one stage more: transformer at 8 x 8
     "tiny": dict(network=dict(widths=(16, 16, 48, 128), blocks=(1, 1, 1), depth=4, head_dim=64,
                               emb_dim=256, dropout=0.0, position_init="sines"),
                  training=dict(batch=32, steps=1_500, lr=2e-3, warmup=100)),
@@ -214,7 +214,7 @@ class UViT(nn.Module):
     widths, blocks, depth, head_dim, emb_dim, dropout, position_init: see PRESETS;
     patch: "dwt", "conv" (strided and transposed convolution) or "none" (full-size maps);
     largest_map: side of the largest feature map;  dropout_res: ResBlocks on maps of this side or
-    smaller have dropout; 16 leaves it to the transformer (and `laptop`'s), as in the paper;
+    smaller have dropout; 16 leaves it to the transformer, as in the paper (ResBlocks end at 32);
     classes: 0 for none;  portrait: whether it is told Condition.portrait;
     text: None, or an encoder of captions, which brings its cross-attention block (text.py).
     """
