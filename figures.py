@@ -46,7 +46,7 @@ def plot(curves, size, x_range, y_range, title, ticks=lambda y: f"{y:g}"):
     draw.rectangle([at(left, high), at(right, low)], outline="#bbbbbb", width=scale)
     if low < 0 < high:
         draw.line([at(left, 0), at(right, 0)], fill="#dddddd", width=scale)
-    for y in (low, (low + high) / 2, high):
+    for y in (low, 0 if low < 0 < high else (low + high) / 2, high):
         draw.text((margin - 12, at(left, y)[1]), ticks(y), fill="black", font=font, anchor="rm")
     for x in (left, (left + right) / 2, right):
         draw.text((at(x, low)[0], h - margin + 14), f"{x:g}", fill="black", font=font, anchor="mt")
