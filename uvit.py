@@ -214,7 +214,7 @@ class UViT(nn.Module):
     widths, blocks, depth, head_dim, emb_dim, dropout, position_init: see PRESETS;
     patch: "dwt", "conv" (strided and transposed convolution) or "none" (full-size maps);
     largest_map: side of the largest feature map;  dropout_res: ResBlocks on maps of this side or
-    smaller have dropout; 16: none of the paper's, only the transformer then has dropout;
+    smaller have dropout; 16: the transformer alone, since no preset with dropout has them at 16;
     classes: 0 for none;  portrait: whether it is told Condition.portrait;
     text: None, or an encoder of captions, which brings its cross-attention block (text.py).
     """

@@ -134,3 +134,9 @@ def test_without_arguments_all_figures_are_drawn_that_need_no_run(tmp_path, draw
 def test_wrong_arguments_of_figures_are_one_line(arguments, words, tmp_path, capsys):
     write_log(tmp_path, (50,), ([.1] * 8,))
     assert words in one_line(capsys, figures.main, arguments.format(tmp=tmp_path).split())
+
+
+def test_a_curve_of_one_point_is_seen():
+    sheet = figures.plot({"one": ([1.], [.5], "#ff0000")}, (300, 200), (0, 2), (0, 1), "title")
+    box = sheet.crop((60, 60, 230, 140))            # without the legend
+    assert any(red > 200 and green < 80 for _, (red, green, _) in box.getcolors(10**5))

@@ -39,6 +39,20 @@ def test_no_photograph_that_is_scored_against_is_trained_on(tmp_path, monkeypatc
                            race.pictures("flowers", 0, held_out=True)[0][0])
 
 
+@pytest.mark.parametrize("source, trained", [("flowers", False), ("{tmp}/set", True)])
+def test_photographs_are_compared_by_a_trained_network(source, trained, tmp_path, monkeypatch):
+    write_folder(tmp_path / "set")
+    monkeypatch.setattr(race, "is_held_out", lambda name: name.endswith(("1.png", "6.png")))
+    source, asked = source.format(tmp=tmp_path), []
+    this = race.Ours(len(race.pictures(source, 0).classes), batch=4)
+    torch.save(dict(racer="ours", source=source, seed=0, lr=None, batch=4, minutes=1, of=1,
+                    pictures=4, weights=this.ema.state_dict()), tmp_path / "ours.pt")
+    monkeypatch.setattr(score, "compare", lambda x, truth, trained: asked.append(trained)
+                        or dict(distance=1., detail=1.))
+    race.scores(tmp_path / "ours.pt", n=2, steps=1)
+    assert asked == [trained, trained]
+
+
 @pytest.mark.parametrize("racer", all_racers)
 def test_a_racer_trains_and_its_v_hat_gives_back_the_pictures(racer, monkeypatch):
     """x_hat = alpha z - sigma v_hat is x if the network's EMA knows the noise, or x, exactly."""
