@@ -195,7 +195,8 @@ class SamplingOptions:
     portrait: bool = flag(False, "upright pictures, from a model trained with --portrait")
     film: bool = flag(False, "also film.png: z_t and x_hat of the first picture from t = 1 to 0")
     seed: int = flag(0, "same seed, same pictures", least=0, most=2**63)
-    batch: int = flag(16, "pictures at a time", least=1, most=10_000)
+    batch: int | None = flag(None, "pictures at a time (default: 16; 4 on a CPU)", least=1,
+                             most=10_000)
     compile: bool = flag(False, "compile the network, for many pictures on a GPU")
     bf16: bool | None = flag(None, "on or off (default: on where the hardware has it)")
 

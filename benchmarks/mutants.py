@@ -416,6 +416,7 @@ SURVIVAL = [  # kills, signals, full disks, damage, lost ranks, compilers
     ("sample.py", "min(options.batch, options.n) if", "options.batch if", "compiled_samples"),
     ("sample.py", "if options.compile else len(numbers)", "if False else len(numbers)",
      "compiled_samples"),
+    ("sample.py", "(4 if ranks.device.type", "(16 if ranks.device.type", "four_pictures"),
     ("sample.py", '        model.compile(mode="reduce-overhead", dynamic=False)\n',
      "        pass\n", "compiled_samples"),
     ("ranks.py", "            fully_shard(part, mesh=mesh, reshard_after_forward=True)",

@@ -103,6 +103,16 @@ def test_prompts_are_drawn_in_turns_from_the_command_line_and_from_a_file(tmp_pa
     assert captions("c", "--n", "2") == ["", ""]
 
 
+def test_a_cpu_draws_four_pictures_at_a_time_or_as_many_as_asked(tmp_path, trained_run, calls):
+    common = ["--ckpt", str(trained_run / "model.pt"), "--n", "6", "--steps", "1"]
+    sizes = []
+    for name, *flags in ["a"], ["b", "--batch", "5"]:
+        calls.clear()
+        sampling.main([*common, "--out", str(tmp_path / name), *flags])
+        sizes.append([len(call["cond"].label) for call in calls])
+    assert sizes == [[4, 2], [5, 1]]
+
+
 def test_bf16_of_sampling_is_as_asked_or_as_the_hardware_has_it(tmp_path, little, monkeypatch):
     run_train(tmp_path / "run", "--steps", "1")
     seen, honest = [], sampling.sampling_steps
@@ -255,7 +265,7 @@ def test_out_of_memory_in_sampling_is_one_line(tmp_path, trained_run, monkeypatc
 
     monkeypatch.setattr(sampling, "sampling_steps", full)
     with pytest.raises(SystemExit) as stop:
-        sampling.main(["--ckpt", str(trained_run / "model.pt"), "--n", "1",
+        sampling.main(["--ckpt", str(trained_run / "model.pt"), "--n", "1", "--batch", "16",
                        "--out", str(tmp_path / "out")])
     assert stop.value.code == 1 and capsys.readouterr().err == \
         "--batch 16: CUDA out of memory. Tried to allocate 9 GiB. A lower --batch takes less.\n"
