@@ -305,7 +305,7 @@ class SampleFolder:
         self.settings = vars(options) | dict(
             ckpt=f"{zlib.crc32(repr(checksums).encode()):08x}", out="",
             device=ranks.device.type,
-            spacing="karras from -1.3" if options.sampler == "dpm" else "t",
+            spacing="asinh" if options.sampler in ("dpm", "sde") else "t",
             guidance_interval=list(options.guidance_interval or self.BEFORE["guidance_interval"]),
             prompt=options.prompt or None, prompts=options.prompts or None)
         del self.settings["compile"], self.settings["film"]     # they change nothing in a picture

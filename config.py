@@ -177,8 +177,8 @@ class SamplingOptions:
                        ", or with prompts assets/words.pt)")
     out: str = flag("", "folder for the pictures (default: samples)")
     n: int | None = flag(None, "pictures (default: 16, or one per prompt)", least=1, most=10**7)
-    sampler: str = flag("dpm", "dpm (DPM-Solver++), or ancestral (the paper's), or ddim",
-                        choices=("dpm", "ancestral", "ddim"))
+    sampler: str = flag("sde", "sde or dpm (DPM-Solver++ with noise or without), ancestral (the "
+                        "paper's), ddim", choices=("sde", "dpm", "ancestral", "ddim"))
     steps: int | None = flag(None, "network calls per picture (default: 18; 128 for ancestral and "
                              "ddim)", least=1, most=100_000)
     gamma: float | None = flag(None, "variance of ancestral steps, 0 to 1 (default: 0.2)", least=0,
@@ -188,7 +188,7 @@ class SamplingOptions:
         None, "logsnr between which there is guidance (default: everywhere)",
         metavar=("LOW", "HIGH"))
     schedule: str | None = flag(None, "cosine, shifted or interpolated (default: as trained); dpm "
-                                "only starts where it does", choices=SCHEDULES)
+                                "and sde only start where it does", choices=SCHEDULES)
     label: str = flag("", "class, by name or by number from 0 (default: all in turn)")
     prompt: list[str] = flag([], "captions, drawn in turn")
     prompts: str = flag("", "file with a caption per line")
@@ -224,7 +224,7 @@ def parse_sampling(argv):
     if options.gamma is not None and options.sampler != "ancestral":
         fail(f"--gamma {options.gamma}: is for --sampler ancestral")
     options.gamma = .2 if options.gamma is None else options.gamma
-    options.steps = options.steps or (18 if options.sampler == "dpm" else 128)
+    options.steps = options.steps or (18 if options.sampler in ("sde", "dpm") else 128)
     options.n = options.n or len(options.prompt) or 16
     if options.guidance_interval:
         low, high = options.guidance_interval

@@ -32,7 +32,7 @@ from muon import state_names
 from noise import draw_noise, picture_noise
 from ranks import (StopSignals, all_finite, compiler_trouble, default_model, gather_full,
                    ignore_stop_signals, shard_like)
-from sample import karras_spacing, sampling_steps
+from sample import asinh_spacing, sampling_steps
 from schedule import height_width, logsnr_schedule, mean_side
 from uvit import Condition
 
@@ -579,9 +579,9 @@ class Run:
                          torch.zeros(len(mine), dtype=torch.long),
                          None if tokens is None else tokens[[i % 16 for i in mine]])
         noise = picture_noise(self.config.seed, mine, self.config.res, ranks.device)
-        spacing = karras_spacing(self.schedule, mean_side(self.config.res))
+        spacing = asinh_spacing(self.schedule, mean_side(self.config.res))
         steps = sampling_steps(self.ema, spacing, noise, REPORT_STEPS,
-                               to_device(cond, ranks.device), "dpm")
+                               to_device(cond, ranks.device), "sde")
         bar = dict(leave=False, disable=not ranks.is_first)
         for _, x_hat in tqdm(steps, "sampling", REPORT_STEPS, **bar):
             if ranks.any(self.signals.received)[0]:

@@ -1,9 +1,14 @@
 """Sampling (Appendix A): ancestral steps, DDIM and DPM-Solver++, guidance; `python sample.py`.
 
-Sampling goes from unit noise at t = 1 down a uniform grid of times to t = 0; for DPM-Solver++ the
-command takes the logsnrs of `karras_spacing` instead. A step from t to s < t calls the network
-once, for x_hat, and draws z_s from z_t and x_hat (DPM-Solver++ also from the x_hat before). The
-last step returns x_hat.
+Sampling goes from unit noise at t = 1 down a uniform grid of times to t = 0; for dpm and sde the
+command takes the logsnrs of `asinh_spacing` instead. A step from t to s < t calls the network
+once, for x_hat, and draws z_s from z_t and x_hat. The last step returns x_hat.
+
+    sampler     takes x_hat      adds noise
+    ancestral   at t             yes          the paper's
+    ddim        at t             no           DDIM (Song et al., 2021)
+    dpm         mid-step         no           DPM-Solver++(2M) (Lu et al., 2022)
+    sde         mid-step         yes          SDE-DPM-Solver++(2M) (the same)
 """
 import math
 import signal
@@ -47,27 +52,29 @@ def ddim_step(z, x_hat, logsnr_t, logsnr_s):
     return alpha_s * x_hat + sigma_s * (z - alpha_t * x_hat) / sigma_t
 
 
-def dpm_step(z, x_hat, logsnr_t, logsnr_s, x_hat_before, logsnr_before):
-    """DPM-Solver++(2M) step t -> s (Lu et al., 2022; not in the paper), of second order.
+def x_mid_step(x_hat, logsnr_t, logsnr_s, x_hat_before, logsnr_before):
+    """x_hat at the middle of the step t -> s in logsnr, extrapolated from the step before.
 
-    DDIM with x_hat at the middle of the step, extrapolated in logsnr from the step before.
+    With it DDIM becomes DPM-Solver++(2M), of second order (Lu et al., 2022; not in the paper), and
+    the ancestral step with gamma = 0 becomes SDE-DPM-Solver++(2M).
     """
     ratio = (logsnr_s - logsnr_t) / (logsnr_t - logsnr_before)
-    x_middle = x_hat + ratio[:, None, None, None] / 2 * (x_hat - x_hat_before)
-    return ddim_step(z, x_middle, logsnr_t, logsnr_s)
+    return x_hat + ratio[:, None, None, None] / 2 * (x_hat - x_hat_before)
 
 
-def karras_spacing(schedule, d, first=-1.3, last=9.0, rho=7.0):
-    """The spacing of Karras et al. (2022, Eq. 5; not in the paper), as a schedule u -> logsnr (B,).
+def asinh_spacing(schedule, d, first=-2.3, last=9.0, width=3.0):
+    """Not in the paper: logsnrs of the steps for dpm and sde, as a schedule u -> logsnr (B,).
 
-    (sigma / alpha)^(1 / rho) is linear in u. At u = 0, logsnr is `last`. At u = 1 the mean colour
+    asinh((logsnr - m) / width) is linear in u, m = schedule(1/2): steps are short near m, where
+    shapes form, and longer before and after. At u = 0, logsnr is `last`. At u = 1 the mean colour
     of the d x d pixels has logsnr `first`, low enough to hide it; that of each pixel is 2 log(d)
-    lower (Eq. 4 of the paper). Both are by trial; the ends of the schedule bound them.
+    lower (Eq. 4 of the paper). All three are by trial; the ends of the schedule bound them.
     """
+    m = schedule(torch.full((1,), .5))
     logsnr_first = schedule(torch.ones(1)).clamp(min=first - 2 * math.log(d))
     logsnr_last = schedule(torch.zeros(1)).clamp(max=last)
-    root_first, root_last = (torch.exp(-a / 2 / rho) for a in (logsnr_first, logsnr_last))
-    return lambda u: -2 * rho * torch.log(root_last + u * (root_first - root_last))
+    at_first, at_last = (torch.asinh((a - m) / width) for a in (logsnr_first, logsnr_last))
+    return lambda u: m + width * torch.sinh(at_last + u * (at_first - at_last))
 
 
 def guided(model, z, logsnr, cond, guidance):
@@ -93,10 +100,10 @@ def sampling_steps(model, schedule, new_noise, steps, cond=None, sampler="ancest
     """Yields (z_t, x_hat), (B, C, H, W) each, of every step; the last x_hat is the sample.
 
     model: (z, logsnr, cond) -> v_hat;  schedule: t -> logsnr (B,);  new_noise: () -> unit noise
-    (B, C, H, W);  sampler: "ancestral", "ddim" or "dpm";  gamma: 0 to 1;  interval: of logsnr,
-    outside of which there is no guidance (SiD2).
+    (B, C, H, W);  sampler: "ancestral", "ddim", "dpm" or "sde";  gamma: 0 to 1, of the ancestral
+    one;  interval: of logsnr, outside of which there is no guidance (SiD2).
     """
-    assert sampler in ("ancestral", "ddim", "dpm"), f"no sampler {sampler!r}"
+    assert sampler in ("ancestral", "ddim", "dpm", "sde"), f"no sampler {sampler!r}"
     z, before, was_inside = new_noise(), None, None
     logsnrs = schedule(torch.linspace(1, 0, steps + 1))     # on the CPU, to test `interval`
     for i in range(steps):
@@ -110,12 +117,14 @@ def sampling_steps(model, schedule, new_noise, steps, cond=None, sampler="ancest
             break
         if inside != was_inside:        # guidance goes on or off, and x_hat jumps:
             before = None               # no extrapolation from the step before
-        if sampler == "ancestral":
-            z = ancestral_step(z, x_hat, logsnr_t, logsnr_s, gamma, new_noise())
-        elif sampler == "ddim" or before is None:
-            z = ddim_step(z, x_hat, logsnr_t, logsnr_s)
+        x_step = x_hat
+        if sampler in ("dpm", "sde") and before is not None:
+            x_step = x_mid_step(x_hat, logsnr_t, logsnr_s, *before)
+        if sampler in ("ddim", "dpm"):
+            z = ddim_step(z, x_step, logsnr_t, logsnr_s)
         else:
-            z = dpm_step(z, x_hat, logsnr_t, logsnr_s, *before)
+            z = ancestral_step(z, x_step, logsnr_t, logsnr_s,
+                               gamma if sampler == "ancestral" else 0.0, new_noise())
         before, was_inside = (x_hat, logsnr_t), inside
 
 
@@ -233,8 +242,8 @@ def main(argv=None):
     conds = conditions(options, ckpt, config, saved["classes"])
     schedule = logsnr_schedule(options.schedule or config["schedule"], config["res"],
                                config["noise_d"])
-    if options.sampler == "dpm":
-        schedule = karras_spacing(schedule, mean_side(config["res"]))
+    if options.sampler in ("dpm", "sde"):
+        schedule = asinh_spacing(schedule, mean_side(config["res"]))
     folder = SampleFolder(options, config["res"], ckpt, ranks)
     try:
         folder.start_or_continue()

@@ -4,7 +4,7 @@
     python benchmarks/samplers.py --n 500 --rows "dpm t 24" "ancestral0.2 t 128"
     python benchmarks/samplers.py --n 16 --rows "dpm karras7@-1.3 96" "dpm logsnr 18"
 
-A row is a sampler (ancestral and its gamma, ddim, dpm), a spacing of its times and the number of
+A row is a sampler (ancestral and its gamma, ddim, dpm, sde), a spacing of its times and the number of
 network calls. All rows start from the same noise, so that those of ddim and dpm would agree with
 enough calls; `off` is the root mean square of what a row differs by from the first one, pictures
 being in [-1, 1]. Spacings, u going evenly from 1 to 0:
@@ -14,8 +14,10 @@ being in [-1, 1]. Spacings, u going evenly from 1 to 0:
     logsnr      logsnr evenly from that of t = 1 to END
     karrasR     sigma / alpha to the power 1 / R evenly, to logsnr = END (Karras et al., 2022)
     karrasR@L   the same, beginning at logsnr = L of the mean of a picture
+    asinh       as sample.py does
 """
 import argparse
+import math
 import re
 import sys
 import time
@@ -29,15 +31,15 @@ import score
 from checkpoint import load_model
 from data import stacked, to_uint8
 from noise import picture_noise
-from sample import karras_spacing, sample
+from sample import asinh_spacing, sample
 from schedule import logsnr_schedule, mean_side
 from uvit import Condition
 
 END = 9.0                           # logsnr at which a picture counts as clean: sigma = 0.011
 ROWS = [f"{sampler} {spacing} {steps}" for steps in (12, 24) for sampler, spacing in (
     ("ancestral0", "t"), ("ancestral0.2", "t"), ("ddim", "t"), ("dpm", "t"), ("dpm", "t^1.5"),
-    ("dpm", "t^2"), ("dpm", "logsnr"), ("dpm", "karras7"), ("dpm", "karras7@-1.3"),
-    ("ancestral0.2", "t^2"))]
+    ("dpm", "t^2"), ("dpm", "logsnr"), ("dpm", "karras7"), ("dpm", "asinh"),
+    ("sde", "asinh"), ("ancestral0.2", "t^2"))]
 
 
 def spaced(schedule, spacing, d):
@@ -47,8 +49,12 @@ def spaced(schedule, spacing, d):
         return lambda u: schedule(u**p)
     if spacing == "logsnr":
         return lambda u: END + u * (schedule(torch.ones(1)) - END)
+    if spacing == "asinh":
+        return asinh_spacing(schedule, d)
     rho, _, first = spacing.removeprefix("karras").partition("@")
-    return karras_spacing(schedule, d, float(first or -99), END, float(rho))
+    logsnr_first = schedule(torch.ones(1)).clamp(min=float(first or -99) - 2 * math.log(d))
+    high, low = (math.exp(-logsnr / 2 / float(rho)) for logsnr in (logsnr_first, END))
+    return lambda u: -2 * float(rho) * torch.log(low + u * (high - low))
 
 
 def draw(model, schedule, row, numbers, res, guidance, seed):

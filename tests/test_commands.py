@@ -169,7 +169,7 @@ WRONG_SAMPLES = [
     ("--steps 9999999", "--steps 9999999: must be at most"),
     ("--n 999999999", "--n 999999999: must be at most"),
     ("--seed -1", "--seed -1: must be at least 0"),
-    ("--sampler euler", "--sampler euler: must be one of dpm, ancestral, ddim"),
+    ("--sampler euler", "--sampler euler: must be one of sde, dpm, ancestral, ddim"),
     ("--samples 3", "--samples: no such argument, --sampler is one"),
     ("--ckpt {tmp}/nowhere.pt", "--ckpt .*nowhere.pt: No such file"),
     ("--ckpt {tmp}", "--ckpt .*: Is a directory"),

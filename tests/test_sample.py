@@ -137,13 +137,13 @@ def test_options_of_sampling_reach_the_sampler(tmp_path, little, calls):
     t = torch.tensor([.3])
     assert torch.equal(given["schedule"](t), schedule.logsnr_shifted(t, 32, 64))
     assert torch.equal(cosine["schedule"](t), schedule.logsnr_cosine(t))
-    karras = sampling.karras_spacing(lambda t: schedule.logsnr_shifted(t, 32, 64), 32)
-    assert torch.equal(usual["schedule"](t), karras(t))
+    spacing = sampling.asinh_spacing(lambda t: schedule.logsnr_shifted(t, 32, 64), 32)
+    assert torch.equal(usual["schedule"](t), spacing(t))
     options = "steps", "sampler", "gamma", "guidance"
     assert [given[name] for name in options] == [2, "ancestral", .7, 2.5]
     assert [cosine[name] for name in options] == [128, "ddim", .2, 1]
     assert tuple(given["interval"]) == (-3, 5)
-    assert [usual[name] for name in options] == [18, "dpm", .2, 1]
+    assert [usual[name] for name in options] == [18, "sde", .2, 1]
     assert usual["interval"][0] < -50 and usual["interval"][1] > 50         # everywhere
 
 
