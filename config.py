@@ -188,7 +188,7 @@ class SamplingOptions:
         None, "logsnr between which there is guidance (default: everywhere)",
         metavar=("LOW", "HIGH"))
     schedule: str | None = flag(None, "cosine, shifted or interpolated (default: as trained); dpm "
-                                "and sde only start where it does", choices=SCHEDULES)
+                                "and sde take its middle and ends", choices=SCHEDULES)
     label: str = flag("", "class, by name or by number from 0 (default: all in turn)")
     prompt: list[str] = flag([], "captions, drawn in turn")
     prompts: str = flag("", "file with a caption per line")
