@@ -55,8 +55,9 @@ def ddim_step(z, x_hat, logsnr_t, logsnr_s):
 def x_mid_step(x_hat, logsnr_t, logsnr_s, x_hat_before, logsnr_before):
     """x_hat at the middle of the step t -> s in logsnr, extrapolated from the step before.
 
-    With it DDIM becomes DPM-Solver++(2M), of second order (Lu et al., 2022; not in the paper), and
-    the ancestral step with gamma = 0 becomes SDE-DPM-Solver++(2M).
+    Not in the paper (Lu et al., 2022). A DDIM step is exact if x_hat is constant during it, and so,
+    in distribution, is an ancestral step with gamma = 0. With x_hat of the middle the error is of
+    second order, as by the midpoint rule: DPM-Solver++(2M) and SDE-DPM-Solver++(2M).
     """
     ratio = (logsnr_s - logsnr_t) / (logsnr_t - logsnr_before)
     return x_hat + ratio[:, None, None, None] / 2 * (x_hat - x_hat_before)
@@ -66,9 +67,9 @@ def asinh_spacing(schedule, d, first=-2.3, last=9.0, width=3.0):
     """Not in the paper: logsnrs of the steps for dpm and sde, as a schedule u -> logsnr (B,).
 
     asinh((logsnr - m) / width) is linear in u, m = schedule(1/2): steps are short near m, where
-    shapes form, and longer before and after. At u = 0, logsnr is `last`. At u = 1 the mean colour
-    of the d x d pixels has logsnr `first`, low enough to hide it; that of each pixel is 2 log(d)
-    lower (Eq. 4 of the paper). All three are by trial; the ends of the schedule bound them.
+    shapes form, and longer before and after. They end at logsnr = last. The mean colour of d x d
+    pixels is what noise hides last: its logsnr, 2 log(d) above that of a pixel (Eq. 4), is `first`
+    at the start. The three numbers are by trial; the schedule's ends are the limits of both ends.
     """
     m = schedule(torch.full((1,), .5))
     logsnr_first = schedule(torch.ones(1)).clamp(min=first - 2 * math.log(d))
@@ -221,7 +222,7 @@ def main(argv=None):
     try:
         ranks = Ranks()
     except ValueError as error:
-        fail(error, every_rank=True)            # it may concern one process alone
+        fail(error, every_rank=True)            # printed by each rank that fails, not by 0 alone
     options.bf16 = ranks.has_bf16 if options.bf16 is None else options.bf16
     # On CPUs small batches are faster: malloc does not keep buffers over 32 MB for reuse.
     options.batch = options.batch or (4 if ranks.device.type == "cpu" else 16)
@@ -229,12 +230,12 @@ def main(argv=None):
         model, saved = load_model(ckpt, ranks.device)       # the EMA weights, in eval mode
     except ValueError as error:
         fail(f"--ckpt {error}")
-    if ranks.device.type == "cpu":              # convolutions there are faster so
-        model.to(memory_format=torch.channels_last)
+    if ranks.device.type == "cpu":
+        model.to(memory_format=torch.channels_last)         # convolutions are faster so on CPUs
     if options.compile:
         trouble = compiler_trouble(ranks.device)
         if trouble:
-            fail(f"--compile: {trouble}; the command runs without this option", code=1)
+            fail(f"--compile: {trouble}; without this option the command works", code=1)
         model.compile(mode="reduce-overhead", dynamic=False)
     if ranks.is_first and why_chosen:
         print(f"Model: {ckpt}, {why_chosen} (--ckpt FILE takes another).", flush=True)

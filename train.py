@@ -67,7 +67,7 @@ def update_ema(ema_model, model, decay):
 def prepare(config, ranks, loss_fn):
     """-> dataset, parts, settings of the network, model. Exits with one line on wrong input.
 
-    parts: (number of parts a batch is computed in, by gradient accumulation; reason, printed).
+    parts: (number of parts a batch is computed in, by gradient accumulation; why so many).
     """
     try:
         dataset = load_dataset(config)
