@@ -305,7 +305,6 @@ class SampleFolder:
         self.settings = vars(options) | dict(
             ckpt=f"{zlib.crc32(repr(checksums).encode()):08x}", out="",
             device=ranks.device.type,
-            spacing="asinh" if options.sampler in ("dpm", "sde") else "t",
             guidance_interval=list(options.guidance_interval or self.BEFORE["guidance_interval"]),
             prompt=options.prompt or None, prompts=options.prompts or None)
         del self.settings["compile"], self.settings["film"]     # they change nothing in a picture
@@ -335,7 +334,7 @@ class SampleFolder:
             differ = [name for name, value in self.settings.items() if before.get(name) != value]
             if text and differ and self.named:
                 name = differ[0]
-                return f"--out {self.out}: holds other pictures (--{name.replace('_', '-')} " \
+                return f"--out {self.out}: holds other pictures ({name.replace('_', '-')} " \
                     f"{before.get(name)}, now {self.settings[name]}): name another folder"
             if differ:
                 self.start_over()

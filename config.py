@@ -187,8 +187,8 @@ class SamplingOptions:
     guidance_interval: tuple[float, float] | None = flag(
         None, "logsnr between which there is guidance (default: everywhere)",
         metavar=("LOW", "HIGH"))
-    schedule: str | None = flag(None, "cosine, shifted or interpolated (default: as trained); dpm "
-                                "and sde take its middle and ends", choices=SCHEDULES)
+    schedule: str | None = flag(None, "of ancestral and ddim: cosine, shifted or interpolated "
+                                "(default: as trained)", choices=SCHEDULES)
     label: str = flag("", "class, by name or by number from 0 (default: all in turn)")
     prompt: list[str] = flag([], "captions, drawn in turn")
     prompts: str = flag("", "file with a caption per line")
@@ -224,7 +224,10 @@ def parse_sampling(argv):
     if options.gamma is not None and options.sampler != "ancestral":
         fail(f"--gamma {options.gamma}: is for --sampler ancestral")
     options.gamma = .2 if options.gamma is None else options.gamma
-    options.steps = options.steps or (18 if options.sampler in ("sde", "dpm") else 128)
+    options.spacing = "asinh" if options.sampler in ("sde", "dpm") else "t"     # of the steps
+    if options.schedule and options.spacing != "t":
+        fail(f"--schedule {options.schedule}: is for --sampler ancestral or ddim")
+    options.steps = options.steps or (18 if options.spacing == "asinh" else 128)
     options.n = options.n or len(options.prompt) or 16
     if options.guidance_interval:
         low, high = options.guidance_interval

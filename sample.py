@@ -5,10 +5,10 @@ command takes the logsnrs of `asinh_spacing` instead. A step from t to s < t cal
 once, for x_hat, and draws z_s from z_t and x_hat. The last step returns x_hat.
 
     sampler     takes x_hat      adds noise
-    ancestral   at t             yes          the paper's
-    ddim        at t             no           DDIM (Song et al., 2021)
-    dpm         mid-step         no           DPM-Solver++(2M) (Lu et al., 2022)
-    sde         mid-step         yes          SDE-DPM-Solver++(2M) (the same)
+    ancestral   of t             yes          the paper's
+    ddim        of t             no           DDIM (Song et al., 2021)
+    dpm         of mid-step      no           DPM-Solver++(2M) (Lu et al., 2022)
+    sde         of mid-step      yes          its variant with noise, SDE-DPM-Solver++(2M)
 """
 import math
 import signal
@@ -66,12 +66,12 @@ def x_mid_step(x_hat, logsnr_t, logsnr_s, x_hat_before, logsnr_before):
 def asinh_spacing(schedule, d, first=-2.3, last=9.0, width=3.0):
     """Not in the paper: logsnrs of the steps for dpm and sde, as a schedule u -> logsnr (B,).
 
-    asinh((logsnr - m) / width) is linear in u, m = schedule(1/2): steps are short near m, where
-    shapes form, and longer before and after. They end at logsnr = last. The mean colour of d x d
-    pixels is what noise hides last: its logsnr, 2 log(d) above that of a pixel (Eq. 4), is `first`
-    at the start. The three numbers are by trial; the schedule's ends are the limits of both ends.
+    asinh((logsnr - m) / width) is linear in u: steps are short near m, where the picture averaged
+    to 32 x 32 has logsnr 0 (Eq. 4) and shapes form, longer before and after. At u = 1 the average
+    of all d x d pixels, which noise hides last, has logsnr `first`; at u = 0 a pixel has `last`.
+    Neither is beyond the ends of the schedule. The numbers are by trial with flowers.pt (128).
     """
-    m = schedule(torch.full((1,), .5))
+    m = 2 * math.log(32 / d)
     logsnr_first = schedule(torch.ones(1)).clamp(min=first - 2 * math.log(d))
     logsnr_last = schedule(torch.zeros(1)).clamp(max=last)
     at_first, at_last = (torch.asinh((a - m) / width) for a in (logsnr_first, logsnr_last))
@@ -224,7 +224,7 @@ def main(argv=None):
     except ValueError as error:
         fail(error, every_rank=True)            # printed by each rank that fails, not by 0 alone
     options.bf16 = ranks.has_bf16 if options.bf16 is None else options.bf16
-    # On CPUs small batches are faster: malloc does not keep buffers over 32 MB for reuse.
+    # On CPUs small batches are faster: glibc does not keep buffers over 32 MB for reuse.
     options.batch = options.batch or (4 if ranks.device.type == "cpu" else 16)
     try:
         model, saved = load_model(ckpt, ranks.device)       # the EMA weights, in eval mode
@@ -243,7 +243,7 @@ def main(argv=None):
     conds = conditions(options, ckpt, config, saved["classes"])
     schedule = logsnr_schedule(options.schedule or config["schedule"], config["res"],
                                config["noise_d"])
-    if options.sampler in ("dpm", "sde"):
+    if options.spacing == "asinh":
         schedule = asinh_spacing(schedule, mean_side(config["res"]))
     folder = SampleFolder(options, config["res"], ckpt, ranks)
     try:

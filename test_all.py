@@ -615,7 +615,7 @@ def test_half_the_step_makes_the_error_of_the_deviation_2_to_the_order_smaller(s
         assert abs(math.log2(coarse / fine) - order) < .3, errors
 
 
-def test_dpm_extrapolates_x_hat_to_the_middle_of_the_step_in_logsnr():
+def test_x_hat_is_extrapolated_to_the_middle_of_the_step_in_logsnr():
     """x_hat is linear in logsnr here; the steps are of unequal length."""
     a, b = torch.randn(2, 2, 1, 4, 4, dtype=torch.float64)
     before, t, s = (torch.full((2,), logsnr, dtype=torch.float64) for logsnr in (-5., -4., -1.))
@@ -623,7 +623,7 @@ def test_dpm_extrapolates_x_hat_to_the_middle_of_the_step_in_logsnr():
 
 
 @pytest.mark.parametrize("sampler", ["dpm", "sde"])
-def test_dpm_does_not_extrapolate_where_guidance_begins_or_ends(monkeypatch, sampler):
+def test_nothing_is_extrapolated_where_guidance_begins_or_ends(monkeypatch, sampler):
     """x_hat jumps there, which is no slope."""
     used, steps = [], 12
     monkeypatch.setattr(sampling, "x_mid_step",
@@ -641,14 +641,15 @@ def test_dpm_does_not_extrapolate_where_guidance_begins_or_ends(monkeypatch, sam
     (-99, 9.0, 3.0, 0), (-2.3, 7.5, 1.5, -2), (.5, 9.0, 3.0, -8)])
 def test_asinh_spacing_is_even_in_asinh_of_the_distance_to_the_middle(first, last, width, shift):
     """It is within the schedule, from -15 to 15, shifted. At its beginning the mean of 8 x 8
-    pixels, whose noise has an eighth of the deviation, has the logsnr `first`.
+    pixels, whose noise has an eighth of the deviation, has the logsnr `first`. In the middle 32 x
+    32 pixels would have 0: 16 times as many.
     """
     logsnr = sampling.asinh_spacing(lambda t: schedule.logsnr_cosine(t) + shift, 8, first, last,
                                     width)(torch.linspace(1, 0, 11)).double()
     largest = min(math.exp(7.5 - shift / 2), 8 * math.exp(-first / 2))      # sigma / alpha
     assert abs(logsnr[0] + 2 * math.log(largest)) < 1e-4
     assert abs(logsnr[-1] - min(last, 15 + shift)) < 1e-4
-    ratio = (logsnr - shift) / width                    # asinh x = log(x + sqrt(x^2 + 1))
+    ratio = (logsnr - math.log(16)) / width             # asinh x = log(x + sqrt(x^2 + 1))
     even = torch.log(ratio + (ratio**2 + 1).sqrt()).diff()
     assert (even / even.mean() - 1).abs().max() < 1e-4
 

@@ -52,7 +52,8 @@ from figures import COLOURS, plot, save
 from flowers import Flowers
 from muon import Muon
 from noise import draw_noise, picture_noise
-from sample import asinh_spacing, sample
+from sample import sample
+from samplers import spaced
 from schedule import alpha_sigma, logsnr_schedule
 from train import ema_decay, learning_rate, loss_function, update_ema
 from uvit import Condition
@@ -266,7 +267,7 @@ def scores(file, n=100, steps=16):
         z = alpha * x + sigma * eps
         x_hat = (alpha * z - sigma * racer.v_hat(z, logsnr)).clamp(-1, 1)
         errors.append((x_hat - x).square().mean().sqrt().item())
-    schedule = asinh_spacing(logsnr_schedule("shifted", RES), RES)
+    schedule = spaced(logsnr_schedule("shifted", RES), "karras7@-1.3", RES)
 
     def draw(guidance):
         parts = []

@@ -4,8 +4,8 @@
     python benchmarks/samplers.py --n 500 --rows "dpm t 24" "ancestral0.2 t 128"
     python benchmarks/samplers.py --n 16 --rows "dpm karras7@-1.3 96" "dpm logsnr 18"
 
-A row is a sampler (ancestral and its gamma, ddim, dpm, sde), a spacing of its times and the number of
-network calls. All rows start from the same noise, so that those of ddim and dpm would agree with
+A row is a sampler (ancestral and its gamma, ddim, dpm, sde), a spacing of its times and the number
+of network calls. All rows start from the same noise, so that those of ddim and dpm would agree with
 enough calls; `off` is the root mean square of what a row differs by from the first one, pictures
 being in [-1, 1]. Spacings, u going evenly from 1 to 0:
 

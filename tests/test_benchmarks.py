@@ -646,7 +646,8 @@ def test_spacings_of_sampling_steps_are_even_in_what_they_are_named_after():
     assert torch.equal(samplers.spaced(cosine, "t^2", 64)(u), cosine(u**2))
     root = lambda logsnr: torch.exp(-logsnr / 2) ** (1 / 7)
     ratio = {"logsnr": (-15, lambda logsnr: logsnr),        # of these, all differences are equal
-             "karras7": (-15, root), "karras7@-2": (-2 - math.log(64**2), root)}
+             "karras7": (-15, root), "karras7@-2": (-2 - math.log(64**2), root),
+             "asinh": (-2.3 - math.log(64**2), lambda x: torch.asinh((x + math.log(4)) / 3))}
     for name, (first, even) in ratio.items():
         logsnr = samplers.spaced(cosine, name, 64)(u)
         assert abs(logsnr[0] - first) < 1e-4 and abs(logsnr[-1] - samplers.END) < 1e-4

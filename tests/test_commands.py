@@ -158,6 +158,7 @@ WRONG_SAMPLES = [
     ("--label ²", "--label ²: must be one of 0 to 9"),
     ("--gamma 2", "--gamma 2.0: must be at most 1"),
     ("--gamma .5", "--gamma 0.5: is for --sampler ancestral"),
+    ("--schedule cosine", "--schedule cosine: is for --sampler ancestral or ddim"),
     ("--gamma -1", "--gamma -1.0: must be at least 0"),
     ("--gamma nan", "--gamma nan: must be a finite number"),
     ("--guidance -1", "--guidance -1.0: must be at least 0"),

@@ -133,17 +133,20 @@ def test_options_of_sampling_reach_the_sampler(tmp_path, little, calls):
     sampling.main([*common, "--out", str(tmp_path / "b")])
     sampling.main([*common, "--sampler", "ddim", "--schedule", "cosine", "--out",
                    str(tmp_path / "c")])
-    given, usual, cosine = calls
+    sampling.main([*common, "--sampler", "dpm", "--out", str(tmp_path / "d")])
+    given, usual, cosine, dpm = calls
     t = torch.tensor([.3])
     assert torch.equal(given["schedule"](t), schedule.logsnr_shifted(t, 32, 64))
     assert torch.equal(cosine["schedule"](t), schedule.logsnr_cosine(t))
     spacing = sampling.asinh_spacing(lambda t: schedule.logsnr_shifted(t, 32, 64), 32)
     assert torch.equal(usual["schedule"](t), spacing(t))
+    assert torch.equal(dpm["schedule"](t), spacing(t))
     options = "steps", "sampler", "gamma", "guidance"
     assert [given[name] for name in options] == [2, "ancestral", .7, 2.5]
     assert [cosine[name] for name in options] == [128, "ddim", .2, 1]
     assert tuple(given["interval"]) == (-3, 5)
     assert [usual[name] for name in options] == [18, "sde", .2, 1]
+    assert [dpm[name] for name in options] == [18, "dpm", .2, 1]
     assert usual["interval"][0] < -50 and usual["interval"][1] > 50         # everywhere
 
 
@@ -210,7 +213,7 @@ def test_killed_sample_goes_on_to_the_same_pictures(tmp_path, trained_run, monke
     assert again == {"000008.png"}                      # of the batch that was not complete
 
     error = one_line(capsys, sampling.main, [*flags, killed, "--seed", "1"])
-    assert "holds other pictures (--seed 0, now 1): name another folder" in error
+    assert "holds other pictures (seed 0, now 1): name another folder" in error
 
 
 def test_full_disk_ends_sampling_with_a_line_and_complete_files(tmp_path, trained_run, capsys):
@@ -256,7 +259,7 @@ def test_pictures_of_other_weights_are_not_mixed_with_those_there(tmp_path, trai
     (tmp_path / "same.pt").rename(tmp_path / "moved.pt")
     sampling.main([*map(str, flags), str(tmp_path / "moved.pt")])   # a file is its contents
     error = one_line(capsys, sampling.main, [*flags, tmp_path / "other.pt"])
-    assert "holds other pictures (--ckpt " in error
+    assert "holds other pictures (ckpt " in error
 
 
 def test_out_of_memory_in_sampling_is_one_line(tmp_path, trained_run, monkeypatch, capsys):
