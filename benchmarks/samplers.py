@@ -3,6 +3,7 @@
     python benchmarks/samplers.py --n 60                        a first look, into samplers.md
     python benchmarks/samplers.py --n 500 --rows "dpm t 24" "ancestral0.2 t 128"
     python benchmarks/samplers.py --n 16 --rows "dpm karras7@-1.3 96" "dpm logsnr 18"
+    python benchmarks/samplers.py --n 60 --petals 12 --rows "sde asinh 18" "sde t 18"
 
 A row is a sampler (ancestral and its gamma, ddim, dpm, sde), a spacing of its times and the number
 of network calls. All rows start from the same noise, so that those of ddim and dpm would agree with
@@ -57,10 +58,10 @@ def spaced(schedule, spacing, d):
     return lambda u: -2 * float(rho) * torch.log(low + u * (high - low))
 
 
-def draw(model, schedule, row, numbers, res, guidance, seed):
+def draw(model, schedule, row, numbers, res, guidance, seed, petals):
     name, spacing, steps = row.split()
     sampler, gamma = re.fullmatch(r"([a-z]+)([\d.]*)", name).groups()
-    cond = stacked([Condition(i % 10, 0, []) for i in numbers])
+    cond = stacked([Condition(petals[i % len(petals)] - 3, 0, []) for i in numbers])
     return sample(model, spaced(schedule, spacing, mean_side(res)),
                   picture_noise(seed, numbers, res, "cpu"), int(steps), cond, sampler,
                   float(gamma or 0), guidance)
@@ -72,6 +73,8 @@ def main():
     parser.add_argument("--ckpt", default="assets/flowers.pt")
     parser.add_argument("--rows", nargs="+", default=ROWS)
     parser.add_argument("--n", type=int, default=60, help="flowers of a row (default: 60)")
+    parser.add_argument("--petals", type=int, nargs="+", default=range(3, 13), metavar="N",
+                        help="numbers of petals, in turn (default: 3 to 12)")
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", default="samplers.md", help="the table (default: samplers.md)")
@@ -89,13 +92,14 @@ def main():
         start, drawn = time.time(), []
         for first in range(0, args.n, 20):
             numbers = range(first, min(first + 20, args.n))
-            x = draw(model, schedule, row, numbers, config["res"], args.guidance, args.seed)
+            x = draw(model, schedule, row, numbers, config["res"], args.guidance, args.seed,
+                     args.petals)
             drawn.append(torch.from_numpy(to_uint8(x)).permute(0, 3, 1, 2) / 255)
         took, x = time.time() - start, torch.cat(drawn)
         of_first_row = x if of_first_row is None else of_first_row
         off = 2 * (x - of_first_row).square().mean().sqrt()
         found = score.score(x)
-        petals = torch.tensor([3 + i % 10 for i in range(args.n)])
+        petals = torch.tensor([args.petals[i % len(args.petals)] for i in range(args.n)])
         right = (found["petals"] == petals).double().mean()
         likeness = score.compare(x, truth)
         print(f"| {row} | {took:.0f} | {args.n} | {right:.1%} "

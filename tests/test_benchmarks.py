@@ -677,9 +677,17 @@ def test_a_row_of_samplers_counts_calls_and_scores(tmp_path, trained_run, monkey
     rows = [line.split(" | ") for line in (tmp_path / "table.md").read_text().splitlines()[2:]]
     assert [row[0] for row in rows] == ["| ancestral0.2 t 2", "| dpm t^2 3"]
     assert all(row[2] == "30" and 0 <= float(row[3].rstrip("%")) <= 100 for row in rows)
+    assert calls[0][3].label.tolist() == [*range(10)] * 2
     first, second = (torch.cat(pictures[i:i + 2]) for i in (0, 2))
     off = (first - second).square().mean().sqrt().item()
     assert rows[0][-1] == "0.000 |" and abs(float(rows[1][-1].rstrip(" |")) - off) < .002
+    found = {"petals": torch.tensor([12, 5, 12]), "asymmetry": torch.zeros(3)}
+    monkeypatch.setattr(samplers.score, "score", lambda x: found)
+    monkeypatch.setattr(sys, "argv", ["samplers.py", *command, "--n", "3", "--rows", "sde asinh 1",
+                                      "--petals", "12", "5"])
+    samplers.main()
+    assert calls[-1][3].label.tolist() == [9, 2, 9] and calls[-1][4] == "sde"
+    assert (tmp_path / "table.md").read_text().splitlines()[-1].split(" | ")[3] == "100.0%"
 
 
 # ---------------------------------------------------------------------------- mutants.py
