@@ -334,8 +334,10 @@ class SampleFolder:
             differ = [name for name, value in self.settings.items() if before.get(name) != value]
             if text and differ and self.named:
                 name = differ[0]
-                return f"--out {self.out}: holds other pictures ({name.replace('_', '-')} " \
-                    f"{before.get(name)}, now {self.settings[name]}): name another folder"
+                why = {"ckpt": "of another model", "spacing": "drawn by an earlier version"}.get(
+                    name, f"--{name.replace('_', '-')} {before.get(name)}, now "
+                    f"{self.settings[name]}")
+                return f"--out {self.out}: holds other pictures ({why}): name another folder"
             if differ:
                 self.start_over()
             names = [f"{i:06d}.png" for i in range(self.count)]

@@ -28,7 +28,7 @@ PRESETS = {     # widths at 128, 64, 32, 16; ResBlocks at 128, 64, 32; transform
     "laptop": dict(network=dict(widths=(16, 16, 32, 64, 128), blocks=(1, 1, 1, 1), depth=6,
                                 head_dim=64, emb_dim=256, dropout=0.0, position_init="sines"),
                    training=dict(batch=16, steps=3_800, lr=2e-3, warmup=100, optimizer="muon",
-                                 decay=.4)),        # lr falls over the last 40%; one stage more
+                                 decay=.4)),    # lr falls over the last 40%; 8 x 8 tokens
     "tiny": dict(network=dict(widths=(16, 16, 48, 128), blocks=(1, 1, 1), depth=4, head_dim=64,
                               emb_dim=256, dropout=0.0, position_init="sines"),
                  training=dict(batch=32, steps=1_500, lr=2e-3, warmup=100)),
@@ -213,8 +213,8 @@ class UViT(nn.Module):
     res: 512 or "384x640"; its sides must be multiples of 2^(levels + halvings), see below;
     widths, blocks, depth, head_dim, emb_dim, dropout, position_init: see PRESETS;
     patch: "dwt", "conv" (strided and transposed convolution) or "none" (full-size maps);
-    largest_map: side of the largest map;  dropout_res: of the largest map whose ResBlocks have
-    dropout. By 16 only the transformer has: presets with dropout have no ResBlocks at 16;
+    largest_map, dropout_res: sides of the largest map, and of the largest whose ResBlocks have
+    dropout. With 16 only the transformer has it: presets with dropout have no ResBlocks at 16;
     classes: 0 for none;  portrait: whether it is told Condition.portrait;
     text: None, or an encoder of captions, which brings its cross-attention block (text.py).
     """
@@ -238,7 +238,7 @@ class UViT(nn.Module):
         step = 2 ** (levels + halvings)
         assert H % step == W % step == 0, f"{step} must divide the sides of {res}"
         widths, blocks = stages(widths, blocks, halvings)
-        # Fewer channels than the wavelet makes (12, 48, ...) lose detail; the paper's are 128.
+        # Fewer channels than the wavelet makes (12, 48, ...) lose detail: widen, 128 at most.
         widths[0] = max(widths[0], min(128, 3 * 4**levels))
         self.project_in, self.project_out = input_output_layers(patch, levels, widths[0])
         self.embedding = Embedding(emb_dim, classes, portrait, text_width)

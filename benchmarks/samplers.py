@@ -6,9 +6,9 @@
     python benchmarks/samplers.py --n 60 --petals 12 --rows "sde asinh 18" "sde t 18"
 
 A row is a sampler (ancestral and its gamma, ddim, dpm, sde), a spacing of its times and the number
-of network calls. All rows start from the same noise, so that those of ddim and dpm would agree with
-enough calls; `off` is the root mean square of what a row differs by from the first one, pictures
-being in [-1, 1]. Spacings, u going evenly from 1 to 0:
+of network calls. All rows start from the same noise, so that those of ddim and dpm that begin at
+the same logsnr would agree with enough calls; `off` is the root mean square of what a row differs
+by from the first one, pictures being in [-1, 1]. Spacings, u going evenly from 1 to 0:
 
     t           t = u, as in the paper
     t^P         t = u^P: more steps where pictures are nearly clean
@@ -74,6 +74,7 @@ def main():
     parser.add_argument("--rows", nargs="+", default=ROWS)
     parser.add_argument("--n", type=int, default=60, help="flowers of a row (default: 60)")
     parser.add_argument("--petals", type=int, nargs="+", default=range(3, 13), metavar="N",
+                        choices=range(3, 13),
                         help="numbers of petals, in turn (default: 3 to 12)")
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--seed", type=int, default=1)

@@ -106,10 +106,13 @@ def test_options_of_pictures_reach_the_loader_and_the_grid_shows_each_class(
     monkeypatch.setattr(run, "REPORT_STEPS", 1)
     made, drawn, pictures, drawing = [], [], data.Pictures, run.sampling_steps
 
-    def recorded(model, schedule, noise, steps, cond, sampler):
+    def recorded(model, spacing, noise, steps, cond, sampler):
         drawn.append(cond)
-        assert (steps, sampler) == (1, "sde") and abs(schedule(torch.zeros(1)) - 9) < 1e-3
-        return drawing(model, schedule, noise, steps, cond, sampler)
+        assert (steps, sampler) == (1, "sde")
+        side, t = (32, 16 * 2**.5)[len(drawn) - 1], torch.tensor([.3])
+        trained = lambda t: schedule.logsnr_shifted(t, side)
+        assert torch.allclose(spacing(t), sampling.asinh_spacing(trained, side)(t))
+        return drawing(model, spacing, noise, steps, cond, sampler)
     monkeypatch.setattr(data, "Pictures", lambda *args: made.append(args[1:]) or pictures(*args))
     monkeypatch.setattr(run, "sampling_steps", recorded)
     common = ["--data", tmp_path / "set", *"--batch 4 --steps 1 --sample-every 1".split()]

@@ -213,7 +213,7 @@ def test_killed_sample_goes_on_to_the_same_pictures(tmp_path, trained_run, monke
     assert again == {"000008.png"}                      # of the batch that was not complete
 
     error = one_line(capsys, sampling.main, [*flags, killed, "--seed", "1"])
-    assert "holds other pictures (seed 0, now 1): name another folder" in error
+    assert "holds other pictures (--seed 0, now 1): name another folder" in error
 
 
 def test_full_disk_ends_sampling_with_a_line_and_complete_files(tmp_path, trained_run, capsys):
@@ -259,7 +259,7 @@ def test_pictures_of_other_weights_are_not_mixed_with_those_there(tmp_path, trai
     (tmp_path / "same.pt").rename(tmp_path / "moved.pt")
     sampling.main([*map(str, flags), str(tmp_path / "moved.pt")])   # a file is its contents
     error = one_line(capsys, sampling.main, [*flags, tmp_path / "other.pt"])
-    assert "holds other pictures (ckpt " in error
+    assert "holds other pictures (of another model)" in error
 
 
 def test_out_of_memory_in_sampling_is_one_line(tmp_path, trained_run, monkeypatch, capsys):
