@@ -235,7 +235,7 @@ def main(argv=None):
     if options.compile:
         trouble = compiler_trouble(ranks.device)
         if trouble:
-            fail(f"--compile: {trouble}; without this option the command works", code=1)
+            fail(f"--compile: {trouble}; the command works without this option", code=1)
         model.compile(mode="reduce-overhead", dynamic=False)
     if ranks.is_first and why_chosen:
         print(f"Model: {ckpt}, {why_chosen} (--ckpt FILE takes another).", flush=True)
