@@ -45,6 +45,7 @@ class Config:
                        choices=("eps", "v", "sid2"))
     bias: float | None = option(None, "b of sid2; default: by --res", least=-20, most=20)
     multiscale: bool | None = option(None, "multiscale loss, on or off; default: on from 512")
+    coarsest: int = option(32, "side of the multiscale loss's smallest scale", least=8)
     drop_label: float = option(.1, "share of pictures without class or caption", least=0, below=1)
     # Optimiser
     batch: int | None = flag(None, "pictures a step, over all ranks (default: the model's)",

@@ -26,31 +26,31 @@ def eps_from_v(z, v, alpha, sigma):
     return sigma * z + alpha * v
 
 
-def multiscale_mse(error):
+def multiscale_mse(error, coarsest=32):
     """Multiscale loss (Section 3.2): sum over s in {32, 64, ..., d} of (1/s) L^{s x s}.
 
     L^{s x s} = 1/s^2 || D_s[eps - eps_hat] ||^2, where D_s averages down to s x s:
     this multiplies the variance of a white error by (s/d)^2 and leaves a smooth error as it is.
     error: eps - eps_hat, or v - v_hat, (B, C, H, W) -> scalar, a mean over batch and channels.
-    s = d, d / 2, ..., as long as s >= 32; d = sqrt(H W). At 384 x 640: 496, 248, 124, 62.
+    s = d, d / 2, ... >= coarsest (the paper's is 32); d = sqrt(H W). 384 x 640: 496, 248, 124, 62.
     """
     s = (error.shape[-2] * error.shape[-1]) ** 0.5
     loss = error.square().mean() / s                    # the mean over pixels is the 1/s^2
-    while s / 2 >= 32:
+    while s / 2 >= coarsest:
         error, s = F.avg_pool2d(error, 2), s / 2        # D_s: averages of averages
         loss = loss + error.square().mean() / s
     return loss
 
 
 def diffusion_loss(model, x, t, eps, schedule, cond=None, kind="eps", multiscale=False,
-                   weight=None):
+                   coarsest=32, weight=None):
     """The training loss at times t (Section 2).
 
     model: (z, logsnr, cond) -> v_hat;  x, eps: (B, C, H, W), x in [-1, 1], eps unit noise;
     t: (B,) in [0, 1];  schedule: t -> logsnr (B,);  cond: handed to the model;
     kind: "eps", the error of eps_hat (the paper's text), or "v", the error of v_hat (the paper's
     settings for ImageNet); the one is alpha times the other: eps - eps_hat = alpha (v - v_hat);
-    multiscale: the sum over scales in place of the plain mean;
+    multiscale: the sum over scales, down to coarsest, in place of the plain mean;
     weight: t -> w(t), (B, 1, 1, 1); None means w = 1, as in the paper. Returns a scalar.
     """
     assert kind in ("eps", "v"), f"kind must be 'eps' or 'v', not {kind!r}"
@@ -64,4 +64,4 @@ def diffusion_loss(model, x, t, eps, schedule, cond=None, kind="eps", multiscale
         error = v_from_x_eps(x, eps, alpha, sigma) - v_hat
     if weight is not None:
         error = error * weight(t).sqrt()                            # it is squared below
-    return multiscale_mse(error) if multiscale else error.square().mean()
+    return multiscale_mse(error, coarsest) if multiscale else error.square().mean()

@@ -174,15 +174,15 @@ def test_multiscale_weights_by_hand():
     """64 x 64: (1/64) mean e^2 + (1/32) mean (2 x 2 means)^2. A constant error counts fully in
     both, a checkerboard of single pixels only in the first.
     """
-    loss = lambda error: losses.multiscale_mse(error).item()
+    loss = lambda *args: losses.multiscale_mse(*args).item()
     board = torch.ones(1, 1, 64, 64)
     board[..., ::2, ::2] = board[..., 1::2, 1::2] = -1
     assert math.isclose(loss(torch.full((1, 1, 64, 64), 2.0)), 4 / 64 + 4 / 32, rel_tol=1e-6)
     assert math.isclose(loss(-board), 1 / 64, rel_tol=1e-6)
     coarser = F.interpolate(board, scale_factor=2)
     assert math.isclose(loss(coarser), 1 / 128 + 1 / 64, rel_tol=1e-6)
-    assert math.isclose(loss(torch.ones(2, 3, 32, 32)), 1 / 32, rel_tol=1e-6)
     assert math.isclose(loss(torch.ones(1, 1, 32, 128)), 1 / 64 + 1 / 32, rel_tol=1e-6)
+    assert math.isclose(loss(coarser.abs(), 16), 1 / 128 + 1 / 64 + 1 / 32 + 1 / 16, rel_tol=1e-6)
 
 
 # ------------------------------------------------- Section 3.3: a wavelet as first and last layer
@@ -848,7 +848,8 @@ def test_first_loss_of_the_trainer_is_that_of_its_schedule_and_loss_by_hand(tmp_
             ("--schedule interpolated", t * shift_32 + (1 - t) * shift_256, "eps", mse),
             ("--set noise_d=64", cosine, "eps", mse),
             ("--loss v", shift_32, "v", mse),
-            ("--set multiscale=on", shift_32, "eps", multiscale)]:
+            ("--set multiscale=on", shift_32, "eps", multiscale),
+            ("--set multiscale=on coarsest=64", shift_32, "eps", lambda error: mse(error) / 64)]:
         run_train(tmp_path / flags, "--res", 64, "--steps", 1, *flags.split())
         first_losses.append(log_lines(tmp_path / flags)[0]["loss"])
         alpha, sigma = torch.sigmoid(torch.stack([logsnr, -logsnr])).sqrt()[..., None, None, None]

@@ -37,7 +37,7 @@ def loss_function(config):
         d = mean_side(config.res)                       # the default of the bias depends on it
         weight = partial(sigmoid_weight, schedule=schedule, d=d, b=config.bias)
     return partial(diffusion_loss, schedule=schedule, kind="v" if config.loss == "v" else "eps",
-                   multiscale=config.multiscale, weight=weight)
+                   multiscale=config.multiscale, coarsest=config.coarsest, weight=weight)
 
 
 def learning_rate(step, config):
