@@ -45,7 +45,7 @@ class Config:
                        choices=("eps", "v", "sid2"))
     bias: float | None = option(None, "b of sid2; default: by --res", least=-20, most=20)
     multiscale: bool | None = option(None, "multiscale loss, on or off; default: on from 512")
-    coarsest: int = option(32, "side of the multiscale loss's smallest scale", least=8)
+    coarsest: int = option(32, "multiscale loss: least side of a scale", least=8)
     drop_label: float = option(.1, "share of pictures without class or caption", least=0, below=1)
     # Optimiser
     batch: int | None = flag(None, "pictures a step, over all ranks (default: the model's)",
@@ -137,6 +137,8 @@ def parse_config(argv=None):
     config.optimizer, config.decay = config.optimizer or "adam", config.decay or 0.0
     if config.multiscale is None:
         config.multiscale = mean_side(config.res) >= 512 and config.loss != "sid2"
+    if config.coarsest != 32 and not config.multiscale:
+        fail(f"--set coarsest={config.coarsest}: is for --set multiscale=on")
     name = Path(os.path.abspath(config.data)).stem if config.data else "flowers"
     config.out = config.out or f"runs/{name}-{config.res}-{config.model}"
     return config

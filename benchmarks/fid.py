@@ -7,8 +7,9 @@
     python benchmarks/fid.py score runs/photos samples      samples: a folder, or a samples.npz
 
 A picture is held out if the SHA-256 of its file name without ending begins with a byte below 26.
-Half of the training pictures are the reference, the others the row "other training pictures", both
-with as many of each class. In the columns, each row against the reference:
+Of the others, half are the reference and half the row "other training pictures", each with the same
+number of pictures of every class. Real pictures are cropped and mirrored at random, as in training,
+but always alike. In the columns, each row against the reference:
 
     frechet     |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), over tr B (score.py): the formula
                 of FID, but for the division, on 1,280 features of EfficientNet-Lite0
@@ -18,23 +19,27 @@ with as many of each class. In the columns, each row against the reference:
                 third nearest neighbour in the reference (Kynkaanniemi et al., 2019)
     recall      share of the reference that is in the set of pictures by the same rule
 
-Published numbers are of Inception's features: neither frechet nor kernel can be compared with them.
-Frechet and recall depend on the number of pictures: compare rows of equal numbers. A model that
-only repeats training pictures would have the best of all four, which is why there is the last:
+Published numbers are of Inception's features: none of the four can be compared with them. Frechet
+and recall depend on the number of pictures. The other training pictures are as many as the largest
+set of samples, if there are enough; held-out pictures are few, so that only their kernel, precision
+and copies can be compared. A model that only repeats training pictures would have the best of all
+four, which is why there is a last column:
 
-    copies      for each picture the distance to the nearest training picture, of which three crops
-                and their mirror images are tried (for pixels, crops every other pixel). By
-                features: root of 2 (1 - cosine). By pixels in [0, 1]: root mean square after
-                averaging to 32 x 32; blurs come out near, whether copied or not.
+    copies      for each picture the distance to the nearest training picture, of which seven crops
+                are tried (for pixels, a crop every other pixel), mirrored or not. By features:
+                root of 2 (1 - cosine). By pixels in [0, 1]: root mean square after averaging to
+                32 x 32; blurs come out near, whether copied or not.
                 "0.5: 4%, 1%, 0%" means a median of 0.5, and 4%, 1% and 0% of the pictures nearer
                 than are 5% of the held-out ones, 1% of them, and the nearest of them
 
 --pairs FILE shows the ten samples that are nearest to a training picture, by features and by
 pixels, each above that picture. The features of the photographs are kept in runs/photos-64.pt.
+Memory grows with the square of the number of samples: 10,000 take about 5 GB.
 """
 import argparse
 import contextlib
 import hashlib
+import os
 import sys
 import zipfile
 from pathlib import Path
@@ -45,6 +50,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+from checkpoint import write
 from cli import IgnoreBrokenPipe, Parser, fail
 from data import Pictures, grid, to_uint8
 from score import efficientnet_features, frechet
@@ -109,6 +115,8 @@ def nearest_by_pixels(a, images):
 
 def photographs(path, res):
     """A folder or zip -> photographs (3, H, W) uint8, the shorter side res; names; labels."""
+    if not Path(path).exists():
+        fail(f"{path}: not there; `fid.py split` makes it")
     dataset, found = Pictures(path, res), []
     for name, label in zip(dataset.names, dataset.labels):
         try:
@@ -121,7 +129,7 @@ def photographs(path, res):
 
 
 def places(image, res, step=None):
-    """Corners (y, x) of crops: the middle one, then from end to end; no step: only the two ends."""
+    """Corners (y, x) of crops: the middle one, then every `step` pixels; None: the two ends."""
     spare = max(image.shape[1:]) - res
     along = [spare // 2, *range(0, spare + 1, step or max(1, spare))]
     return [(n, 0) if image.shape[1] > image.shape[2] else (0, n) for n in along]
@@ -147,9 +155,18 @@ def features(x):
         return efficientnet_features(x)
 
 
-def features_of_crops(images, res):
-    """-> (6, M, D): crops at the centre and at both ends, each with its mirror image."""
-    found = []
+def random_crops(images, names, res):
+    """A crop of each photograph, mirrored or not, by the hash of its name."""
+    x = []
+    for image, name in zip(images, names):
+        choice, corners = digest(name), places(image, res, 1)[1:]
+        x.append(both(image, res, corners[choice[2] % len(corners)])[choice[3] % 2])
+    return torch.stack(x)
+
+
+def features_of_crops(images, names, res):
+    """-> (7, M, D): a random crop; those at the centre and both ends, each and its mirror image."""
+    found = [features(random_crops(images, names, res))]
     for place in (0, 1, -1):
         x = torch.stack([both(image, res, places(image, res)[place]) for image in images])
         found += [features(x[:, 0]), features(x[:, 1])]
@@ -157,17 +174,23 @@ def features_of_crops(images, res):
 
 
 def kept(path, res):
-    """The photographs of `split`, and the features of their crops, from a file if it fits."""
+    """The photographs of `split`: of each zip (pictures, names, labels), of the first the features
+    of its crops, which a file keeps, of the second those of one crop each.
+    """
     files = [f"{path}-{part}.zip" for part in ("train", "held")]
-    sets = [list(photographs(file, res)) for file in files]
-    key = [[names, Path(file).stat().st_size] for (_, names, _), file in zip(sets, files)]
+    train, held = (list(photographs(file, res)) for file in files)
+    key = [[names, Path(file).stat().st_size] for (_, names, _), file in zip((train, held), files)]
     cache = Path(f"{path}-{res}.pt")
-    saved = torch.load(cache) if cache.exists() else {}
+    try:
+        saved = torch.load(cache)
+    except Exception:                   # none yet, or damaged
+        saved = {}
     if saved.get("key") != key:
         print("features of the photographs, several minutes ...", file=sys.stderr)
-        saved = dict(key=key, features=[features_of_crops(images, res) for images, *_ in sets])
-        torch.save(saved, cache)
-    return sets, saved["features"]
+        saved = dict(key=key, train=features_of_crops(train[0], train[1], res),
+                     held=features(random_crops(held[0], held[1], res)))
+        write(cache, lambda file: torch.save(saved, file))
+    return train, held, saved["train"], saved["held"]
 
 
 def samples(path, res):
@@ -178,7 +201,7 @@ def samples(path, res):
         else:
             files = sorted(Path(path).glob("[0-9]*.png"))
             x = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:
         fail(f"{path}: no samples that can be read ({error})")
     if x.dtype != np.uint8 or x.shape[1:] != (res, res, 3):
         fail(f"{path}: must be uint8 (N, {res}, {res}, 3), not {x.dtype} {x.shape}; see --res")
@@ -196,7 +219,7 @@ def balanced(numbers, names, labels, most):
     classes = {}
     for i in sorted(numbers, key=lambda i: digest(names[i])[2:]):
         classes.setdefault(labels[i], []).append(i)
-    each = min(most // len(classes), *map(len, classes.values()))
+    each = min([max(1, most // max(1, len(classes))), *map(len, classes.values())])
     return [i for chosen in classes.values() for i in chosen[:each]]
 
 
@@ -205,14 +228,20 @@ def balanced(numbers, names, labels, most):
 def split(args):
     dataset = Pictures(args.photographs, 16)
     for part in ("train", "held"):
-        names = [name for name in dataset.names if is_held_out(name) == (part == "held")]
-        texts = [dataset.texts[Path(name).with_suffix("").as_posix()] for name in names
-                 if Path(name).with_suffix("").as_posix() in dataset.texts]
+        names, count = [n for n in dataset.names if is_held_out(n) == (part == "held")], 0
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(f"{args.out}-{part}.zip", "w") as copy:
-            for name in names + texts:
-                copy.writestr(name, dataset.bytes(name))
-        print(f"{args.out}-{part}.zip: {len(names)} pictures")
+            for name in names:
+                caption = dataset.texts.get(os.path.splitext(name)[0])
+                try:
+                    contents = [(n, dataset.bytes(n)) for n in (name, caption) if n]
+                except Exception as error:      # whatever the disk or a damaged zip brings up
+                    print(f"left out {name}: {error}", file=sys.stderr)
+                    continue
+                count += 1
+                for content in contents:
+                    copy.writestr(*content)
+        print(f"{args.out}-{part}.zip: {count} pictures")
 
 
 def row(name, found, reference, near=(), limits=()):
@@ -228,7 +257,8 @@ def row(name, found, reference, near=(), limits=()):
 
 def compare(args):
     drawn = {path: samples(path, args.res) for path in args.samples}
-    ((train, names, labels), (held, _, _)), (of_train, of_held) = kept(args.photographs, args.res)
+    (train, names, labels), (held, held_names, _), of_train, of_held = \
+        kept(args.photographs, args.res)
     everything = range(len(names))
     reference = balanced([i for i in everything if is_reference(names[i])], names, labels, 10**9)
     rest = balanced([i for i in everything if not is_reference(names[i])], names, labels,
@@ -240,7 +270,8 @@ def compare(args):
     def near(x, found):
         return [nearest_by_features(found, of_train), nearest_by_pixels(x, train)]
 
-    held_near = [distance for distance, _ in near(centres(held, args.res), of_held[0])]
+    held_near = [distance for distance, _ in
+                 near(random_crops(held, held_names, args.res), of_held)]
     limits = [[distance.quantile(share) for share in LIMITS] for distance in held_near]
     print("| | pictures | frechet | kernel | precision | recall | copies, by features "
           "| copies, by pixels |", "|-|-|-|-|-|-|-|-|", sep="\n")
@@ -254,8 +285,8 @@ def compare(args):
             blank = [torch.ones(3, args.res, args.res)] * (COLUMNS - len(closest))
             above = centres([train[n] for n in number[closest]], args.res)
             sheet += [*x[closest], *blank, *above, *blank]
-    print(row("held-out pictures", of_held[0], reference, held_near, limits))
-    print(row("other training pictures", rest, reference))
+    print(row("held-out pictures", of_held, reference, held_near, limits))
+    print(row(f"other training pictures (reference: {len(reference):,})", rest, reference))
     if args.pairs and sheet:
         grid(list(to_uint8(torch.stack(sheet) * 2 - 1)), COLUMNS).save(args.pairs)
 

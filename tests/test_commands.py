@@ -97,6 +97,7 @@ WRONG = [       # flags of train.py, what the one line says: argument, value, wh
     ("--set patch=haar", "--set patch=haar: must be one of dwt"),
     ("--schedule linear", "--schedule linear: must be one of cosine"),
     ("--loss l1", "--loss l1: must be one of eps"),
+    ("--set coarsest=16", "--set coarsest=16: is for --set multiscale=on"),
     ("--set multiscale=maybe", "--set multiscale=maybe: must be one of on, off"),
     ("--set bf16=yes", "--set bf16=yes: must be one of on, off"),
     ("--compile maybe", "--compile maybe: must be one of on, off"),

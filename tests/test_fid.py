@@ -111,6 +111,40 @@ def test_crops_lie_along_the_longer_side_and_the_first_is_the_centre():
     assert {*fid.places(square, 8), *fid.places(square, 8, 2)} == {(0, 0)}
 
 
+def test_real_pictures_are_cropped_and_mirrored_at_random_as_in_training():
+    ramp = torch.arange(20, dtype=torch.uint8).expand(3, 8, 20)
+    names = [f"a/{i}.png" for i in range(2000)]
+    x = fid.random_crops([ramp] * 2000, names, 8)[:, 0, 0] * 255
+    assert torch.equal(x, fid.random_crops([ramp] * 2000, names, 8)[:, 0, 0] * 255)
+    mirrored = x[:, 0] > x[:, -1]
+    start = torch.where(mirrored, x[:, -1], x[:, 0]).round().long()
+    assert torch.allclose(torch.where(mirrored[:, None], x.flip(1), x),
+                          (start[:, None] + torch.arange(8)).float())
+    assert .45 < mirrored.float().mean() < .55
+    share = torch.bincount(start, minlength=13) / 2000
+    assert len(share) == 13 and .05 < share.min() and share.max() < .11       # 1/13 is .077
+
+
+def test_pixels_are_averaged_pixels_of_all_crops_and_mirror_images():
+    rng = torch.Generator().manual_seed(0)
+    images = [torch.randint(256, shape, generator=rng, dtype=torch.uint8)
+              for shape in ((3, 64, 70), (3, 66, 64))]
+    x = torch.rand(4, 3, 64, 64, generator=rng)
+    x[1] = images[1][:, 2:, :].flip(2) / 255
+    distance, number = fid.nearest_by_pixels(x, images)
+    mean = lambda y: y.reshape(3, 32, 2, 32, 2).mean((2, 4))
+    for i in range(4):
+        found = []
+        for j, image in enumerate(images):
+            for start in range(0, max(image.shape) - 63, 2):
+                part = image[:, :, start:start + 64] if j == 0 else image[:, start:start + 64]
+                for crop in (part / 255, (part / 255).flip(2)):
+                    found.append(((mean(x[i]) - mean(crop)).square().mean().sqrt().item(), j))
+        nearest = min(found)
+        assert abs(distance[i].item() - nearest[0]) < 1e-5 and number[i] == nearest[1]
+    assert distance[1] < 1e-5 and distance[0] > .05
+
+
 def test_the_rows_of_real_pictures_have_as_many_of_each_class():
     labels = [0] * 30 + [1] * 50
     names = [f"{i}" for i in range(80)]
@@ -118,6 +152,8 @@ def test_the_rows_of_real_pictures_have_as_many_of_each_class():
         chosen = fid.balanced(range(10, 80), names, labels, most)
         assert len(set(chosen)) == len(chosen) and min(chosen) >= 10
         assert [sum(labels[i] == k for i in chosen) for k in (0, 1)] == [each, each]
+    assert len(fid.balanced(range(10, 80), names, labels, 1)) == 2
+    assert fid.balanced([], names, labels, 10) == []
     assert chosen == fid.balanced(range(10, 80), names, labels, 25) and sorted(chosen) != chosen
 
 
@@ -149,6 +185,8 @@ def test_a_table_tells_copies_and_noise_from_new_pictures(as_npz, photos, capsys
     folders = [write_samples(name, x, as_npz) for name, x in kinds.items()]
     fid.main(["score", "runs/photos", *folders, "--res", f"{RES}", "--pairs", "pairs.png"])
     _, _, *rows = capsys.readouterr().out.splitlines()
+    by_pixels = fid.nearest_by_pixels(new, train)[0]
+    nearest_new = to_uint8(new[by_pixels.argmin()][None] * 2 - 1)[0]
     copies, new, noise, held, real = map(cells, rows)
     assert [found[1] for found in (copies, new, noise, real)] == ["60", "60", "5", "60"]
     for place in (6, 7):                # mirror images of crops of training pictures
@@ -157,6 +195,9 @@ def test_a_table_tells_copies_and_noise_from_new_pictures(as_npz, photos, capsys
         near, *_ = [float(part.strip("%,")) for part in new[place].split()[1:]]
         assert near < 15
     assert float(noise[2]) > 3 * float(new[2]) and float(noise[3]) > 3 * abs(float(new[3]))
+    assert .01 < float(real[2]) < float(noise[2])
+    reference = int(real[0].split()[-1].strip(")"))
+    assert real[0].startswith("other training pictures (reference: ") and 60 < reference < 110
     assert noise[5] == "0.00" and all(float(found[5]) > .5 for found in (copies, new, real))
     with Image.open("pairs.png") as pairs:
         assert pairs.size == (10 * RES, 3 * 4 * RES)
@@ -168,20 +209,39 @@ def test_a_table_tells_copies_and_noise_from_new_pictures(as_npz, photos, capsys
     assert len(number) == 1
     end = fid.both(train[number[0]], RES, ends[number[0]])[1]
     assert np.array_equal(to_uint8(end[None] * 2 - 1)[0], tile(0, 0))
+    assert np.array_equal(tile(6, 0), nearest_new)
     assert (tile(8, 5) == 255).all() and not (tile(8, 4) == 255).all()     # five of noise
 
 
 def test_features_of_the_photographs_are_computed_once(photos, capsys, monkeypatch):
     calls = []
-    monkeypatch.setattr(fid, "features_of_crops", lambda images, res: calls.append(len(images))
-                        or torch.zeros(6, len(images), 8))
-    first = fid.kept("runs/photos", RES)
-    again = fid.kept("runs/photos", RES)
-    assert len(calls) == 2 and first[0][0][1] == again[0][0][1]
+    honest = fid.features_of_crops
+    monkeypatch.setattr(fid, "features_of_crops", lambda *args: calls.append(1) or honest(*args))
+    first, again = fid.kept("runs/photos", RES), fid.kept("runs/photos", RES)
+    assert len(calls) == 1 and first[0][1] == again[0][1]
+    assert all(torch.equal(a, b) for a, b in zip(first[2:], again[2:]))
     photographs(fid.Path("."), count=150)
     fid.main(["split", "all.zip", "runs/photos"])
+    _, _, of_train, _ = fid.kept("runs/photos", RES)
+    assert len(calls) == 2 and of_train.shape[1] < 150
+    fid.Path(f"runs/photos-{RES}.pt").write_bytes(b"half a file")
     fid.kept("runs/photos", RES)
-    assert len(calls) == 4
+    assert len(calls) == 3
+
+
+def test_a_damaged_member_is_left_out_of_the_split_and_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    raw = bytearray(photographs(tmp_path, 40).read_bytes())
+    name = next(f"set/{'aab'[i % 3]}/{i}.png" for i in range(40) if not fid.is_held_out(f"{i}"))
+    raw[raw.index(name.encode()) + len(name) + 60] ^= 255
+    (tmp_path / "all.zip").write_bytes(raw)
+    fid.main(["split", "all.zip", "photos"])
+    printed = capsys.readouterr()
+    assert f"left out {name}: " in printed.err
+    counts = [int(line.split()[1]) for line in printed.out.splitlines()]
+    names = [name for part in ("train", "held")
+             for name in zipfile.ZipFile(f"photos-{part}.zip").namelist()]
+    assert sum(counts) == 39 and len(names) == 78 and name not in names
 
 
 def test_broken_photographs_are_left_out_and_named(tmp_path, monkeypatch, capsys):
@@ -192,7 +252,8 @@ def test_broken_photographs_are_left_out_and_named(tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("call, words", [
-    ("split no.zip x", "no.zip"), ("score no samples.npz --res 16", "no-train.zip"),
+    ("split no.zip x", "no.zip"), ("score no samples.npz --res 16", "no-train.zip: not there"),
+    ("score runs/photos empty.npz", "empty.npz: no samples"),
     ("score runs/photos nowhere", "nowhere: no samples"),
     ("score runs/photos other.npz", "other.npz: no samples"),
     ("score runs/photos samples.npz", "(N, 64, 64, 3)"),
@@ -201,6 +262,7 @@ def test_broken_photographs_are_left_out_and_named(tmp_path, monkeypatch, capsys
     ("score few few64.npz", "few-train.zip: 3 pictures"), ("paint", "paint")])
 def test_wrong_call_of_fid_ends_with_exit_code_2(call, words, photos, capsys):
     np.savez("samples.npz", np.zeros((5, 16, 16, 3), np.uint8))
+    fid.Path("empty.npz").touch()
     np.savez("other.npz", x=np.zeros((5, 64, 64, 3), np.uint8))
     np.savez("float.npz", np.zeros((5, 64, 64, 3), np.float32))
     np.savez("grey.npz", np.zeros((5, 64, 64, 1), np.uint8))
