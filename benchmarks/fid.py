@@ -223,6 +223,13 @@ def balanced(numbers, names, labels, most):
     return [i for chosen in classes.values() for i in chosen[:each]]
 
 
+def halves(names, labels, most):
+    """-> the numbers of the reference pictures, and of at most `most` others."""
+    halves = [[i for i, name in enumerate(names) if is_reference(name) == chosen]
+              for chosen in (True, False)]
+    return balanced(halves[0], names, labels, 10**9), balanced(halves[1], names, labels, most)
+
+
 # ---------------------------------------------------------------------------- the commands
 
 def split(args):
@@ -259,10 +266,7 @@ def compare(args):
     drawn = {path: samples(path, args.res) for path in args.samples}
     (train, names, labels), (held, held_names, _), of_train, of_held = \
         kept(args.photographs, args.res)
-    everything = range(len(names))
-    reference = balanced([i for i in everything if is_reference(names[i])], names, labels, 10**9)
-    rest = balanced([i for i in everything if not is_reference(names[i])], names, labels,
-                    max(map(len, drawn.values()), default=10**9))
+    reference, rest = halves(names, labels, max(map(len, drawn.values()), default=10**9))
     enough(f"the reference of {args.photographs}", reference)
     enough(f"the rest of {args.photographs}", rest)
     reference, rest = of_train[0, reference], of_train[0, rest]

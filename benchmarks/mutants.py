@@ -992,15 +992,16 @@ PHOTOGRAPHS = [
     ("benchmarks/fid.py", "[spare // 2, *range(", "[0, *range(", "lie_along"),
     ("benchmarks/fid.py", "image.shape[1] > image.shape[2] else", "image.shape[1] < 0 else",
      "lie_along"),
-    ("benchmarks/fid.py", "if not is_reference(names[i])]", "if is_reference(names[i])]",
-     "tells_copies"),
+    ("benchmarks/fid.py", "for chosen in (True, False)]", "for chosen in (True, True)]",
+     "as_many_of_each"),
     ("benchmarks/fid.py", "corners[choice[2] % len(corners)]", "corners[0]", "as_in_training"),
     ("benchmarks/fid.py", "[choice[3] % 2])", "[0])", "as_in_training"),
     ("benchmarks/fid.py", "min(32, x.shape[3])", "x.shape[3]", "averaged_pixels"),
     ("benchmarks/fid.py", "for i in chosen[:each]]", "for i in chosen]", "as_many_of_each"),
     ("benchmarks/fid.py", "most // max(1, len(classes))", "most", "as_many_of_each"),
     ("benchmarks/fid.py", 'saved.get("key") != key', "not saved", "computed_once"),
-    ("benchmarks/fid.py", "lambda file: torch.save(saved, file)", "lambda file: None", "computed_once"),
+    ("benchmarks/fid.py", "lambda file: torch.save(saved, file)", "lambda file: None",
+     "computed_once"),
 ]
 
 
