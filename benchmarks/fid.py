@@ -225,9 +225,9 @@ def balanced(numbers, names, labels, most):
 
 def halves(names, labels, most):
     """-> the numbers of the reference pictures, and of at most `most` others."""
-    halves = [[i for i, name in enumerate(names) if is_reference(name) == chosen]
-              for chosen in (True, False)]
-    return balanced(halves[0], names, labels, 10**9), balanced(halves[1], names, labels, most)
+    reference, rest = ([i for i, name in enumerate(names) if is_reference(name) == chosen]
+                       for chosen in (True, False))
+    return balanced(reference, names, labels, 10**9), balanced(rest, names, labels, most)
 
 
 # ---------------------------------------------------------------------------- the commands

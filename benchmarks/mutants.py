@@ -992,7 +992,7 @@ PHOTOGRAPHS = [
     ("benchmarks/fid.py", "[spare // 2, *range(", "[0, *range(", "lie_along"),
     ("benchmarks/fid.py", "image.shape[1] > image.shape[2] else", "image.shape[1] < 0 else",
      "lie_along"),
-    ("benchmarks/fid.py", "for chosen in (True, False)]", "for chosen in (True, True)]",
+    ("benchmarks/fid.py", "for chosen in (True, False))", "for chosen in (True, True))",
      "as_many_of_each"),
     ("benchmarks/fid.py", "corners[choice[2] % len(corners)]", "corners[0]", "as_in_training"),
     ("benchmarks/fid.py", "[choice[3] % 2])", "[0])", "as_in_training"),
