@@ -134,8 +134,7 @@ class AttentionBlock(nn.Module):
         B, N, C = x.shape
         qkv = self.qkv(self.norm(x)).view(B, N, 3, C // self.head_dim, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                    # (B, heads, N, head_dim) each
-        # Autocast would run these norms in bfloat16.
-        q, k = self.norm_q(q.float()).to(v.dtype), self.norm_k(k.float()).to(v.dtype)
+        q, k = self.norm_q(q.float()).to(v.dtype), self.norm_k(k.float()).to(v.dtype)   # in float32
         h = dot_product_attention(q, k, v)
         return x + self.linear_out(h.transpose(1, 2).reshape(B, N, C))
 
@@ -171,10 +170,12 @@ class Embedding(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour, (B, C, H, W) -> (B, C, 2H, 2W); nn.Upsample compiles far more slowly."""
+    """Nearest neighbour, (B, C, H, W) -> (B, C, 2H, 2W)."""
 
     def forward(self, h):
-        return h.repeat_interleave(2, -1).repeat_interleave(2, -2)
+        if torch.compiler.is_compiling():       # interpolate compiles slowly and, at times, wrongly
+            return h.repeat_interleave(2, -1).repeat_interleave(2, -2)
+        return F.interpolate(h, scale_factor=2)         # keeps channels_last, for speed on CPUs
 
 
 def input_output_layers(patch, levels, width):
@@ -238,8 +239,7 @@ class UViT(nn.Module):
         step = 2 ** (levels + halvings)
         assert H % step == W % step == 0, f"{step} must divide the sides of {res}"
         widths, blocks = stages(widths, blocks, halvings)
-        # Fewer channels than the wavelet makes (12, 48, ...) lose detail: widen, 128 at most.
-        widths[0] = max(widths[0], min(128, 3 * 4**levels))
+        widths[0] = max(widths[0], min(128, 3 * 4**levels))     # as wide as the bands, 128 at most
         self.project_in, self.project_out = input_output_layers(patch, levels, widths[0])
         self.embedding = Embedding(emb_dim, classes, portrait, text_width)
         self.down, self.pool, self.up, self.upsample = (nn.ModuleList() for _ in range(4))

@@ -254,6 +254,11 @@ FORMULAS = [  # schedule, wavelet, losses, samplers, network
     ("uvit.py", "nn.AvgPool2d(2)", "nn.MaxPool2d(2)", "average_pool"),
     ("uvit.py", "h.repeat_interleave(2, -1).repeat_interleave(2, -2)", "h.repeat(1, 1, 2, 2)",
      "makes_each_value_a_square"),
+    ("uvit.py", "return F.interpolate(h, scale_factor=2)", 'return F.interpolate(h, scale_factor='
+     '2, mode="bilinear")', "makes_each_value_a_square"),
+    ("uvit.py", "return F.interpolate(h, scale_factor=2)",
+     "return h.repeat_interleave(2, -1).repeat_interleave(2, -2)", "are_channels_last"),
+    ("run.py", "x = x.contiguous(memory_format=torch.channels_last)", "pass", "are_channels_last"),
     ("uvit.py", "10 ** torch.linspace(0, 2, self.emb", "10 ** torch.linspace(0, 3, self.emb",
      "embedding_is"),
     ("uvit.py", "h = h + self.label(torch.where(", "h = h + 0 * self.label(torch.where(",

@@ -18,7 +18,7 @@ import text
 import train
 import uvit
 from attention import dot_product_attention
-from tests.helpers import condition, random_weights, small_uvit
+from tests.helpers import condition, random_weights, run_train, small_uvit
 
 
 def trained(model, steps=4, res=32):
@@ -81,9 +81,28 @@ def test_attention_in_bfloat16_is_that_of_float64_up_to_rounding(N):
     assert torch.allclose(h.double(), expected, atol=0.05)
 
 
-def test_upsampling_makes_each_value_a_square():
+@pytest.mark.parametrize("compiling", [False, True])
+def test_upsampling_makes_each_value_a_square(monkeypatch, compiling):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     h = torch.randn(2, 3, 4, 5)
-    assert torch.equal(uvit.Upsample()(h), F.interpolate(h, scale_factor=2, mode="nearest"))
+    squares = np.kron(h.numpy(), np.ones((2, 2)))
+    assert np.array_equal(uvit.Upsample()(h).numpy(), squares)
+
+
+def test_on_a_cpu_the_largest_maps_of_training_are_channels_last(monkeypatch, tmp_path, little):
+    layouts = []
+
+    def note(layer, inputs, h):
+        layouts.extend(a.is_contiguous(memory_format=torch.channels_last) for a in (*inputs, h))
+
+    def loss(model, *args, **options):
+        for layer in (model.project_in, model.project_out):
+            layer.register_forward_hook(note)
+        return losses.diffusion_loss(model, *args, **options)
+
+    monkeypatch.setattr(train, "diffusion_loss", loss)
+    run_train(tmp_path / "run", "--steps", 1)
+    assert layouts == [True] * 4
 
 
 @pytest.mark.parametrize("res, H, W", [(64, 16, 16), ("32x48", 8, 12)])
