@@ -44,7 +44,8 @@ class Config:
     loss: str = flag("eps", "eps or v of the paper, sid2 of its successor",
                        choices=("eps", "v", "sid2"))
     bias: float | None = option(None, "b of sid2; default: by --res", least=-20, most=20)
-    multiscale: bool | None = option(None, "multiscale loss, on or off; default: on from 512")
+    multiscale: bool | None = option(None, "multiscale loss, on or off; default: on from 512, "
+                                   "but for sid2")
     coarsest: int = option(32, "multiscale loss: least side of a scale", least=8)
     drop_label: float = option(.1, "share of pictures without class or caption", least=0, below=1)
     # Optimiser
@@ -120,9 +121,10 @@ def parse_config(argv=None):
     folder = Path(config.out).parent
     if config.out and folder != Path("runs") and not os.path.isdir(folder):     # runs/ is made
         fail(f"--out {config.out}: the folder it is to be in does not exist; make that first")
-    if config.architecture == "unet" and (config.text or config.skips == "level"):
-        fail("--set architecture=unet: has no " + ("--text" if config.text else "skips=level")
-             + "; architecture=uvit has")
+    for given, option in ((config.text, "--text"), (config.skips == "level", "skips=level"),
+                          (config.largest_map != 128, "largest_map")):
+        if given and config.architecture == "unet":
+            fail(f"--set architecture=unet: has no {option}; architecture=uvit has")
     if config.bias is not None and config.loss != "sid2":
         fail(f"--set bias={config.bias}: is for --loss sid2")
     if config.text and config.text != "bytes" and not config.text.startswith("t5:"):

@@ -1,12 +1,12 @@
 """Muon (Jordan et al., 2024), the optimizer of `laptop`. Not in the paper, which has Adam alone.
 
-Nearly all of the eps loss, and so of its gradient, comes from nearly clean pictures. Adam learns
-what such gradients drown, the shape of a picture in much noise, only late. Muon takes a step of
-about equal size along all singular directions of a matrix's gradient G but the weakest:
+Most of the eps loss, and of its gradient, comes from nearly clean pictures. Adam learns what such
+gradients drown, the shape of a picture in much noise, only late. Muon takes a step of about equal
+size along all singular directions of a matrix's gradient G but the weakest:
 
     M <- mu M + (1 - mu) G,    U S V^T = (1 - mu) G + mu M,    W <- W - lr sqrt(n) U V^T
 
-n is the larger side of W, so that the elements of a step have a root mean square of about lr.
+n is the larger side of W: the elements of a step have a root mean square of at most about lr.
 torch.optim.Muon takes no convolutions, and computes in bfloat16, which is 25 times as slow on a CPU
 without it.
 """

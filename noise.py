@@ -1,8 +1,8 @@
 """Random numbers: what belongs to a picture is a function of (seed, number of the picture).
 
 So any number of ranks, parts of a batch and restarts give each picture the same noise, on the same
-kind of device. (A generator of the CPU has 2^32 states to start from, so that of many million
-pictures some share their noise, which does no harm.)
+kind of device. (A generator of the CPU has 2^32 states to start from: of a million pictures about
+a hundred pairs share their noise, which does no harm.)
 """
 import numpy as np
 import torch

@@ -116,10 +116,9 @@ def sampling_steps(model, schedule, new_noise, steps, cond=None, sampler="ancest
         yield z, x_hat
         if i == steps - 1:
             break
-        if inside != was_inside:        # guidance goes on or off, and x_hat jumps:
-            before = None               # no extrapolation from the step before
         x_step = x_hat
-        if sampler in ("dpm", "sde") and before is not None:
+        # Where guidance goes on or off x_hat jumps: no extrapolation. No step is before the first.
+        if sampler in ("dpm", "sde") and inside == was_inside:
             x_step = x_mid_step(x_hat, logsnr_t, logsnr_s, *before)
         if sampler in ("ddim", "dpm"):
             z = ddim_step(z, x_step, logsnr_t, logsnr_s)

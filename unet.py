@@ -1,4 +1,4 @@
-"""The U-Net that the paper compares with (Section 6, Appendix B): `--set architecture=unet`.
+"""The U-Net that the paper compares with (Appendix B): `--set architecture=unet`.
 
 ResBlocks on each level down to 8 x 8 and, one more per level, back up; on maps of side 16 or less
 each is followed by self-attention. Skips, one per ResBlock and one per level, are added, as in the

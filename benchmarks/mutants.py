@@ -207,7 +207,7 @@ FORMULAS = [  # schedule, wavelet, losses, samplers, network
     ("sample.py", "ratio = (logsnr_s - logsnr_t) / (logsnr_t - logsnr_before)",
      "ratio = (logsnr_t - logsnr_before) / (logsnr_s - logsnr_t)", "middle_of_the_step"),
     ("sample.py", "x_hat + ratio[:, None, None, None] / 2", "x_hat + .5", "middle_of_the_step"),
-    ("sample.py", "if inside != was_inside:", "if False:", "begins_or_ends"),
+    ("sample.py", "and inside == was_inside:", "and before:", "begins_or_ends"),
     ("sample.py", "torch.asinh((a - m) / width)", "torch.asinh(a - m)", "asinh_spacing"),
     ("sample.py", "torch.asinh((a - m) / width)", "torch.asinh(a / width)", "asinh_spacing"),
     ("sample.py", "m = 2 * math.log(32 / d)", "m = 2 * math.log(d / 32)", "asinh_spacing"),

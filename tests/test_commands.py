@@ -80,6 +80,8 @@ WRONG = [       # flags of train.py, what the one line says: argument, value, wh
      "--set architecture=unet: has no --text; architecture=uvit has"),
     ("--set architecture=unet skips=level",
      "--set architecture=unet: has no skips=level; architecture=uvit has"),
+    ("--set architecture=unet largest_map=64",
+     "--set architecture=unet: has no largest_map; architecture=uvit has"),
     ("--text words", "--text words: must be bytes, or t5:NAME"),
     ("--set text_length=0", "--set text_length=0: must be at least 1"),
     ("--text t5:{tmp}/nowhere", "t5:.*nowhere: (cannot be read|needs the package transformers)"),
