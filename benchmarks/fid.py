@@ -33,13 +33,16 @@ four, which is why there is a last column:
                 than are 5% of the held-out ones, 1% of them, and the nearest of them
 
 --pairs FILE shows the ten samples that are nearest to a training picture, by features and by
-pixels, each above that picture. The features of the photographs are kept in runs/photos-64.pt.
-Memory grows with the square of the number of samples: 10,000 take about 5 GB.
+pixels, each above that picture. --curve FILE plots frechet over the number of pictures that a model
+was trained on, which must end the names of the folders: samples/photos-40000. The features of the
+photographs are kept in runs/photos-64.pt. Memory grows with the square of the number of samples:
+10,000 take about 5 GB.
 """
 import argparse
 import contextlib
 import hashlib
 import os
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -53,6 +56,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 from checkpoint import write
 from cli import IgnoreBrokenPipe, Parser, fail
 from data import Pictures, grid, to_uint8
+from figures import COLOURS, plot, save
 from score import efficientnet_features, frechet
 
 NEAREST = 3                             # neighbours, of precision and recall
@@ -252,14 +256,28 @@ def split(args):
 
 
 def row(name, found, reference, near=(), limits=()):
-    """One line of the table; near: distances to the training set by features and by pixels."""
-    cells = [f"{len(found):,}", f"{frechet(found, reference):.3f}",
+    """Prints a line of the table, returns the Frechet distance; near: distances to the training set
+    by features and by pixels.
+    """
+    distance_to_reference = frechet(found, reference)
+    cells = [f"{len(found):,}", f"{distance_to_reference:.3f}",
              f"{1000 * kernel_distance(found, reference):.2f}",
              f"{share_inside(found, reference):.2f}", f"{share_inside(reference, found):.2f}"]
     for distance, limit in zip(near, limits):
         cells.append(f"{distance.median():.3f}: " + ", ".join(
             f"{(distance < value).double().mean():.1%}" for value in limit))
-    return f"| {name} | {' | '.join(cells)} |" + " |" * (2 - len(near))
+    print(f"| {name} | {' | '.join(cells)} |" + " |" * (2 - len(near)), flush=True)
+    return distance_to_reference
+
+
+def curve(distances, real, file):
+    """Plot Frechet distances {folder-NUMBER: distance} over NUMBER, and that of real pictures."""
+    points = sorted((int(path.rpartition("-")[2]) / 1000, y) for path, y in distances.items())
+    x, y = zip(*points)
+    curves = {"samples": (x, y, COLOURS[0]), "real pictures": ((0, x[-1]), (real, real), "#999999")}
+    save(plot(curves, (720, 400), (0, x[-1]), (0, max(y)),
+              "Frechet distance over thousands of pictures of training",
+              ticks=lambda y: f"{y:.2g}"), file)
 
 
 def compare(args):
@@ -279,20 +297,22 @@ def compare(args):
     limits = [[distance.quantile(share) for share in LIMITS] for distance in held_near]
     print("| | pictures | frechet | kernel | precision | recall | copies, by features "
           "| copies, by pixels |", "|-|-|-|-|-|-|-|-|", sep="\n")
-    sheet = []
+    sheet, distances = [], {}
     for path, x in drawn.items():
         found = features(x)
         pairs = near(x, found)
-        print(row(path, found, reference, [distance for distance, _ in pairs], limits), flush=True)
+        distances[path] = row(path, found, reference, [distance for distance, _ in pairs], limits)
         for distance, number in pairs:
             closest = distance.argsort()[:COLUMNS]
             blank = [torch.ones(3, args.res, args.res)] * (COLUMNS - len(closest))
             above = centres([train[n] for n in number[closest]], args.res)
             sheet += [*x[closest], *blank, *above, *blank]
-    print(row("held-out pictures", of_held, reference, held_near, limits))
-    print(row(f"other training pictures (reference: {len(reference):,})", rest, reference))
+    row("held-out pictures", of_held, reference, held_near, limits)
+    real = row(f"other training pictures (reference: {len(reference):,})", rest, reference)
     if args.pairs and sheet:
         grid(list(to_uint8(torch.stack(sheet) * 2 - 1)), COLUMNS).save(args.pairs)
+    if args.curve and distances:
+        curve(distances, real, args.curve)
 
 
 def main(argv=None):
@@ -307,8 +327,13 @@ def main(argv=None):
     scoring.add_argument("samples", nargs="*", help="folders of sample.py, or samples.npz")
     scoring.add_argument("--res", type=int, default=64)
     scoring.add_argument("--pairs", metavar="FILE", help="picture of the nearest pairs to look at")
+    scoring.add_argument("--curve", metavar="FILE", help="plot of frechet over training")
     scoring.set_defaults(command=compare)
     args = parser.parse_args(argv)
+    if getattr(args, "curve", None):
+        for path in args.samples:
+            if not re.fullmatch(r".*-\d+", path):
+                fail(f"--curve: {path} does not end in -NUMBER, the pictures of its training")
     try:
         args.command(args)
     except (OSError, ValueError) as error:

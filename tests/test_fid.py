@@ -215,6 +215,23 @@ def test_a_table_tells_copies_and_noise_from_new_pictures(as_npz, photos, capsys
     assert (tile(8, 5) == 255).all() and not (tile(8, 4) == 255).all()     # five of noise
 
 
+def test_the_curve_is_of_the_distances_printed_by_pictures_of_training(photos, capsys, monkeypatch):
+    drawn = {f"run-{n}": torch.rand(8, 3, RES, RES) * width
+             for n, width in ((2000, .5), (100, .2), (10_000, .8))}
+    folders = [write_samples(name, x, False) for name, x in drawn.items()]
+    plots = []
+    monkeypatch.setattr(fid, "plot", lambda curves, *rest, **options: plots.append(curves))
+    monkeypatch.setattr(fid, "save", lambda plot, file: plots.append(file))
+    fid.main(["score", "runs/photos", *folders, "--res", f"{RES}", "--curve", "curve.png"])
+    _, _, *rows = capsys.readouterr().out.splitlines()
+    printed = [float(cells(row)[2]) for row in rows]
+    assert plots[1] == "curve.png"
+    x, y, _ = plots[0]["samples"]
+    assert x == (.1, 2, 10)
+    assert y == pytest.approx([printed[1], printed[0], printed[2]], abs=6e-4)
+    assert plots[0]["real pictures"][1] == pytest.approx((printed[-1],) * 2, abs=6e-4)
+
+
 def test_features_of_the_photographs_are_computed_once(photos, capsys, monkeypatch):
     calls = []
     honest = fid.features_of_crops
@@ -261,6 +278,7 @@ def test_broken_photographs_are_left_out_and_named(tmp_path, monkeypatch, capsys
     ("score runs/photos samples.npz", "(N, 64, 64, 3)"),
     ("score runs/photos float.npz", "float32"), ("score runs/photos grey.npz", "(5, 64, 64, 1)"),
     ("score runs/photos few.npz", "few.npz: 3 pictures"),
+    ("score runs/photos samples.npz --curve x.png", "samples.npz does not end in -NUMBER"),
     ("score few few64.npz", "few-train.zip: 3 pictures"), ("paint", "paint")])
 def test_wrong_call_of_fid_ends_with_exit_code_2(call, words, photos, capsys):
     np.savez("samples.npz", np.zeros((5, 16, 16, 3), np.uint8))
