@@ -949,8 +949,6 @@ LAPTOP = [
     ("sample.py", "ranks.autocast(options.bf16)", "ranks.autocast(ranks.has_bf16)", "as_asked"),
     ("benchmarks/race.py", "== held_out]", "!= held_out]", "scored_against"),
     ("benchmarks/fid.py", "digest(name)[0] < 26", "digest(name)[0] < 52", "scored_against"),
-    ("benchmarks/fid.py", "points = sorted((int(path", "points = list((int(path", "the_curve_is"),
-    ("benchmarks/fid.py", "curve(distances, real, args", "curve(distances, 0, args", "the_curve_is"),
     ("benchmarks/race.py", "spent >= 60 * marks[0]", "spent >= 30 * marks[0]", "run_and_score"),
     ("benchmarks/race.py", '.removeprefix("0")', "[1:]", "run_and_score"),
     ("benchmarks/race.py", "self.step / max(done, 1e-9) + 1", "self.step", "rate_of_its"),
@@ -967,6 +965,8 @@ LAPTOP = [
 
 
 PHOTOGRAPHS = [
+    ("benchmarks/fid.py", "points = sorted((int(path", "points = list((int(path", "the_curve_is"),
+    ("benchmarks/fid.py", "curve(distances, real, args", "curve(distances, 0, args", "the_curve_is"),
     ("benchmarks/fid.py", "digest(name)[1] < 128", "digest(name)[0] < 128", "no_held_out"),
     ("benchmarks/fid.py", "Path(name).stem.encode()", "name.encode()", "no_held_out"),
     ("benchmarks/fid.py", 'is_held_out(n) == (part == "held")]', "True]", "no_held_out"),
