@@ -139,7 +139,7 @@ def newest_model(with_text):
     runs = list(filter(os.path.isfile, Path("runs").glob("*/model.pt")))
     if runs:
         return max(runs, key=os.path.getmtime), "the newest in runs/"
-    bundled = "words.pt" if with_text else "flowers.pt"
+    bundled = "words.pt" if with_text else "photos.pt"
     return Path(__file__).parent / "assets" / bundled, "the bundled weights"
 
 

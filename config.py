@@ -178,17 +178,18 @@ def checked_size(config):
 
 @dataclass
 class SamplingOptions:
-    ckpt: str = flag("", "model.pt of a run (default: the newest in runs/, else assets/flowers.pt"
+    ckpt: str = flag("", "model.pt of a run (default: the newest in runs/, else assets/photos.pt"
                        ", or with prompts assets/words.pt)")
     out: str = flag("", "folder for the pictures (default: samples)")
-    n: int | None = flag(None, "pictures (default: 16, or one per prompt)", least=1, most=10**7)
+    n: int | None = flag(None, "pictures (default: 20, or one per prompt)", least=1, most=10**7)
     sampler: str = flag("sde", "sde or dpm (DPM-Solver++ with noise or without), ancestral (the "
                         "paper's), ddim", choices=("sde", "dpm", "ancestral", "ddim"))
     steps: int | None = flag(None, "network calls per picture (default: 18; 128 for ancestral and "
                              "ddim)", least=1, most=100_000)
     gamma: float | None = flag(None, "variance of ancestral steps, 0 to 1 (default: 0.2)", least=0,
                                most=1)
-    guidance: float = flag(1.0, "1 + eta of the paper; 1 is off", least=0)
+    guidance: float | None = flag(None, "1 + eta of the paper; 1 is off (default: 3; 1 without "
+                                  "classes and captions)", least=0)
     guidance_interval: tuple[float, float] | None = flag(
         None, "logsnr between which there is guidance (default: everywhere)",
         metavar=("LOW", "HIGH"))
@@ -208,8 +209,8 @@ class SamplingOptions:
 
 SAMPLING_EXAMPLES = """Draw pictures with a trained model.
 
-  python sample.py                                     16 pictures of the newest run
-  python sample.py --label "5 petals" --guidance 2     one class
+  python sample.py                                     20 pictures of the newest run
+  python sample.py --label roses --guidance 4          one class, drawn more strongly
   python sample.py --prompt "a red flower"             a caption, by bundled weights
   python sample.py --sampler ancestral                 the paper's sampler, 128 steps
 """
@@ -233,7 +234,7 @@ def parse_sampling(argv):
     if options.schedule and options.spacing != "t":
         fail(f"--schedule {options.schedule}: is for --sampler ancestral or ddim")
     options.steps = options.steps or (18 if options.spacing == "asinh" else 128)
-    options.n = options.n or len(options.prompt) or 16
+    options.n = options.n or len(options.prompt) or 20
     if options.guidance_interval:
         low, high = options.guidance_interval
         if low > high:

@@ -239,6 +239,8 @@ def main(argv=None):
     if ranks.is_first and why_chosen:
         print(f"Model: {ckpt}, {why_chosen} (--ckpt FILE takes another).", flush=True)
     config = saved["config"]
+    if options.guidance is None:
+        options.guidance = 3.0 if saved["classes"] or config["text"] else 1.0
     conds = conditions(options, ckpt, config, saved["classes"])
     schedule = logsnr_schedule(options.schedule or config["schedule"], config["res"],
                                config["noise_d"])

@@ -90,8 +90,9 @@ def test_prompts_are_drawn_in_turns_from_the_command_line_and_from_a_file(tmp_pa
 
     def captions(name, *flags):
         calls.clear()
-        sampling.main(["--ckpt", str(tmp_path / "run/model.pt"), "--steps", "1", "--guidance", "3",
-                       *flags, "--out", str(tmp_path / name)])
+        sampling.main(["--ckpt", str(tmp_path / "run/model.pt"), "--steps", "1", *flags,
+                       "--out", str(tmp_path / name)])
+        assert all(call["guidance"] == 3 for call in calls)
         return [bytes(byte - 1 for byte in row if byte).decode()
                 for call in calls for row in call["cond"].tokens.tolist()]
 
@@ -134,7 +135,13 @@ def test_options_of_sampling_reach_the_sampler(tmp_path, little, calls):
     sampling.main([*common, "--sampler", "ddim", "--schedule", "cosine", "--out",
                    str(tmp_path / "c")])
     sampling.main([*common, "--sampler", "dpm", "--out", str(tmp_path / "d")])
-    given, usual, cosine, dpm = calls
+    saved = torch.load(tmp_path / "run/model.pt")
+    network = saved["network"] | dict(classes=0)
+    torch.save(saved | dict(network=network, classes=[], ema=checkpoint.build_network(
+        **network).state_dict()), tmp_path / "no classes.pt")
+    sampling.main(["--ckpt", str(tmp_path / "no classes.pt"), "--n", "1", "--out",
+                   str(tmp_path / "e")])
+    given, usual, cosine, dpm, without_classes = calls
     t = torch.tensor([.3])
     assert torch.equal(given["schedule"](t), schedule.logsnr_shifted(t, 32, 64))
     assert torch.equal(cosine["schedule"](t), schedule.logsnr_cosine(t))
@@ -143,17 +150,18 @@ def test_options_of_sampling_reach_the_sampler(tmp_path, little, calls):
     assert torch.equal(dpm["schedule"](t), spacing(t))
     options = "steps", "sampler", "gamma", "guidance"
     assert [given[name] for name in options] == [2, "ancestral", .7, 2.5]
-    assert [cosine[name] for name in options] == [128, "ddim", .2, 1]
+    assert [cosine[name] for name in options] == [128, "ddim", .2, 3]
     assert tuple(given["interval"]) == (-3, 5)
-    assert [usual[name] for name in options] == [18, "sde", .2, 1]
-    assert [dpm[name] for name in options] == [18, "dpm", .2, 1]
+    assert [usual[name] for name in options] == [18, "sde", .2, 3]
+    assert [dpm[name] for name in options] == [18, "dpm", .2, 3]
+    assert [without_classes[name] for name in options] == [18, "sde", .2, 1]
     assert usual["interval"][0] < -50 and usual["interval"][1] > 50         # everywhere
 
 
 def test_sample_without_a_run_draws_with_the_bundled_weights(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["--prompt", "a red flower with five petals", "--guidance", "3"]
-    for flags, name, size in (["--n", "1"], "flowers", 128), (words, "words", 40):
+    for flags, name, size in (["--n", "1"], "photos", 64), (words, "words", 40):
         sampling.main([*flags, "--steps", "1"])
         assert f"assets/{name}.pt" in capsys.readouterr().out
         assert Image.open("samples/000000.png").size == (size, size)
