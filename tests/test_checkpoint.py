@@ -410,10 +410,14 @@ def test_a_checkpoint_from_before_there_were_captions_still_loads(tmp_path):
     ("flowers", 128, condition([2]), -.0064864, .828970,
      (.692049, -.208365, .479034), (.517013, 1.090885, .907853)),
     ("flowers", 128, None, -.0063388, .829468, None, (.488254, 1.067933, .863479)),
+    ("photos", 64, condition([2]), .0225798, .639120,
+     (.867318, .362921, .144252), (.712897, .314856, .745678)),
+    ("photos", 64, None, .0149390, .632507, None, (.756590, .298035, .686834)),
     ("words", 40, condition(tokens=[text.byte_tokens("a red flower", 64)]), .0659893, .747314,
      (1.098320, .407215, .244871), (-.367021, -.377516, .891464)),
     ("words", 40, None, .0335215, .734376, None, (-.344250, -.563251, .888210))],
-    ids=["flowers, 5 petals", "flowers, no class", "words, a red flower", "words, no caption"])
+    ids=["flowers, 5 petals", "flowers, no class", "photos, roses", "photos, no class",
+         "words, a red flower", "words, no caption"])
 def test_bundled_weights_give_the_v_hat_that_they_gave_when_they_were_trained(
         name, res, cond, mean, std, corner, middle):
     """At logsnr = 0, of noise; the numbers are of the code that wrote these files."""
@@ -421,7 +425,7 @@ def test_bundled_weights_give_the_v_hat_that_they_gave_when_they_were_trained(
     model, _ = checkpoint.load_model(file, "cpu")
     # Adam's state in a checkpoint goes by the order of the weights, which has to stay the same.
     written = torch.load(file, weights_only=True)["ema"]
-    assert list(written) == list(old_names(model.state_dict()))
+    assert list(old_names(written)) == list(old_names(model.state_dict()))
     z = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 3, res, res), np.float32))
     v_hat = model(z, torch.zeros(1), cond)
     assert v_hat.shape == z.shape
