@@ -16,7 +16,7 @@ ELSEWHERE = {"--nproc_per_node", "--nnodes", "--node-rank", "--master-addr", "--
              "--shm-size", "--signal", "--no-deps"}     # of torchrun, Docker, Slurm, pip
 SCRIPTS = ("train.py", "sample.py", "benchmarks/score.py", "benchmarks/ablations.py",
            "benchmarks/arguments.py", "benchmarks/samplers.py", "benchmarks/race.py run",
-           "benchmarks/race.py score")
+           "benchmarks/race.py score", "benchmarks/fid.py score")
 
 
 def python_blocks(page):
