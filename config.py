@@ -45,7 +45,7 @@ class Config:
                        choices=("eps", "v", "sid2"))
     bias: float | None = option(None, "b of sid2; default: by --res", least=-20, most=20)
     multiscale: bool | None = option(None, "multiscale loss, on or off; default: on from 512, "
-                                   "but for sid2")
+                                   "off for sid2")
     coarsest: int = option(32, "multiscale loss: least side of a scale", least=8)
     drop_label: float = option(.1, "share of pictures without class or caption", least=0, below=1)
     # Optimiser
@@ -210,7 +210,7 @@ class SamplingOptions:
 SAMPLING_EXAMPLES = """Draw pictures with a trained model.
 
   python sample.py                                     20 pictures of the newest run
-  python sample.py --label roses --guidance 4          one class, drawn more strongly
+  python sample.py --label 2 --guidance 4              one class, drawn more strongly
   python sample.py --prompt "a red flower"             a caption, by bundled weights
   python sample.py --sampler ancestral                 the paper's sampler, 128 steps
 """
@@ -239,6 +239,4 @@ def parse_sampling(argv):
         low, high = options.guidance_interval
         if low > high:
             fail(f"--guidance-interval {low} {high}: the first must be the lower")
-        if options.guidance == 1:
-            fail(f"--guidance-interval {low} {high}: needs a --guidance other than 1")
     return options

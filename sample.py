@@ -117,7 +117,7 @@ def sampling_steps(model, schedule, new_noise, steps, cond=None, sampler="ancest
         if i == steps - 1:
             break
         x_step = x_hat
-        # Where guidance goes on or off x_hat jumps: no extrapolation. No step is before the first.
+        # No extrapolation where guidance goes on or off, since x_hat jumps, nor at the first step.
         if sampler in ("dpm", "sde") and inside == was_inside:
             x_step = x_mid_step(x_hat, logsnr_t, logsnr_s, *before)
         if sampler in ("ddim", "dpm"):
@@ -152,6 +152,8 @@ def conditions(options, ckpt, config, classes):
         fail(f"--label {options.label}: needs a model with classes, {without}")
     if options.guidance != 1 and not classes and not config["text"]:
         fail(f"--guidance {options.guidance}: needs a model with classes or text, {without}")
+    if options.guidance == 1 and options.guidance_interval:
+        fail("--guidance-interval: needs a --guidance other than 1")
     portrait, label = int(options.portrait), options.label
     if config["text"]:
         try:

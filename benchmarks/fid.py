@@ -275,7 +275,7 @@ def curve(distances, real, file):
     points = sorted((int(path.rpartition("-")[2]) / 1000, y) for path, y in distances.items())
     x, y = zip(*points)
     curves = {"samples": (x, y, COLOURS[0]), "real pictures": ((0, x[-1]), (real, real), "#999999")}
-    save(plot(curves, (720, 400), (0, x[-1]), (0, max(y)),
+    save(plot(curves, (720, 400), (0, x[-1]), (0, max(*y, real)),
               "Frechet distance over thousands of pictures of training",
               ticks=lambda y: f"{y:.2g}"), file)
 
@@ -331,6 +331,7 @@ def main(argv=None):
     scoring.set_defaults(command=compare)
     args = parser.parse_args(argv)
     if getattr(args, "curve", None):
+        args.samples = [path.rstrip("/") for path in args.samples]
         for path in args.samples:
             if not re.fullmatch(r".*-\d+", path):
                 fail(f"--curve: {path} does not end in -NUMBER, the pictures of its training")

@@ -194,7 +194,8 @@ WRONG_SAMPLES = [
     ("--guidance-interval 1 x", "--guidance-interval x: must be a finite number"),
     ("--guidance-interval 1", "--guidance-interval expected 2 arguments"),
     ("--guidance-interval 5 -3", "--guidance-interval 5.0 -3.0: the first must be the lower"),
-    ("--guidance-interval -3 5", "--guidance-interval -3.0 5.0: needs a --guidance other than 1")]
+    ("--guidance 1 --guidance-interval -3 5", "--guidance-interval: needs a --guidance other than"),
+    ("--ckpt {tmp}/plain.pt --guidance-interval -3 5", "--guidance-interval: needs a --guidance")]
 
 
 @pytest.mark.parametrize("flags, words", WRONG_SAMPLES, ids=[flags for flags, _ in WRONG_SAMPLES])

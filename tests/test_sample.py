@@ -160,7 +160,7 @@ def test_options_of_sampling_reach_the_sampler(tmp_path, little, calls):
 
 def test_sample_without_a_run_draws_with_the_bundled_weights(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    words = ["--prompt", "a red flower with five petals", "--guidance", "3"]
+    words = ["--prompt", "a red flower with five petals"]
     for flags, name, size in (["--n", "1"], "photos", 64), (words, "words", 40):
         sampling.main([*flags, "--steps", "1"])
         assert f"assets/{name}.pt" in capsys.readouterr().out
