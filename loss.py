@@ -32,8 +32,7 @@ def multiscale_mse(error, coarsest=32):
     L^{s x s} = 1/s^2 || D_s[eps - eps_hat] ||^2, where D_s averages down to s x s:
     this multiplies the variance of a white error by (s/d)^2 and leaves a smooth error as it is.
     error: eps - eps_hat, or v - v_hat, (B, C, H, W) -> scalar, a mean over batch and channels.
-    s = d, then d / 2, ... >= coarsest (the paper's is 32); d = sqrt(H W): 496, 248, 124, 62 of
-    384 x 640.
+    s = d, then halves >= coarsest (the paper: 32); d = sqrt(H W). 384 x 640: 496, 248, 124, 62.
     """
     s = (error.shape[-2] * error.shape[-1]) ** 0.5
     loss = error.square().mean() / s                    # the mean over pixels is the 1/s^2
