@@ -971,7 +971,7 @@ LAPTOP = [
 
 PHOTOGRAPHS = [
     ("benchmarks/fid.py", "points = sorted((int(path", "points = list((int(path", "the_curve_is"),
-    ("benchmarks/fid.py", "curve(distances, real,", "curve(distances, 0,", "the_curve_is"),
+    ("benchmarks/fid.py", "real, args.curve)", "0, args.curve)", "the_curve_is"),
     ("benchmarks/fid.py", "digest(name)[1] < 128", "digest(name)[0] < 128", "no_held_out"),
     ("benchmarks/fid.py", "Path(name).stem.encode()", "name.encode()", "no_held_out"),
     ("benchmarks/fid.py", 'is_held_out(n) == (part == "held")]', "True]", "no_held_out"),
