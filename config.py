@@ -121,10 +121,10 @@ def parse_config(argv=None):
     folder = Path(config.out).parent
     if config.out and folder != Path("runs") and not os.path.isdir(folder):     # runs/ is made
         fail(f"--out {config.out}: the folder it is to be in does not exist; make that first")
-    for given, option in ((config.text, "--text"), (config.skips == "level", "skips=level"),
-                          (config.largest_map != 128, "largest_map")):
+    for given, what in ((config.text, "--text"), (config.skips == "level", "skips=level"),
+                        (config.largest_map != 128, "largest_map")):
         if given and config.architecture == "unet":
-            fail(f"--set architecture=unet: has no {option}; architecture=uvit has")
+            fail(f"--set architecture=unet: has no {what}; architecture=uvit has")
     if config.bias is not None and config.loss != "sid2":
         fail(f"--set bias={config.bias}: is for --loss sid2")
     if config.text and config.text != "bytes" and not config.text.startswith("t5:"):

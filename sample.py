@@ -243,6 +243,8 @@ def main(argv=None):
     config = saved["config"]
     if options.guidance is None:
         options.guidance = 3.0 if saved["classes"] or config["text"] else 1.0
+        if not config["drop_label"]:        # never trained without: nothing to guide away from
+            options.guidance = 1.0
     conds = conditions(options, ckpt, config, saved["classes"])
     schedule = logsnr_schedule(options.schedule or config["schedule"], config["res"],
                                config["noise_d"])

@@ -141,7 +141,11 @@ def test_options_of_sampling_reach_the_sampler(tmp_path, little, calls):
         **network).state_dict()), tmp_path / "no classes.pt")
     sampling.main(["--ckpt", str(tmp_path / "no classes.pt"), "--n", "1", "--out",
                    str(tmp_path / "e")])
-    given, usual, cosine, dpm, without_classes = calls
+    torch.save(saved | dict(config=saved["config"] | dict(drop_label=0.0)),
+               tmp_path / "none dropped.pt")
+    sampling.main(["--ckpt", str(tmp_path / "none dropped.pt"), "--n", "1", "--out",
+                   str(tmp_path / "f")])
+    given, usual, cosine, dpm, without_classes, none_dropped = calls
     t = torch.tensor([.3])
     assert torch.equal(given["schedule"](t), schedule.logsnr_shifted(t, 32, 64))
     assert torch.equal(cosine["schedule"](t), schedule.logsnr_cosine(t))
@@ -155,6 +159,7 @@ def test_options_of_sampling_reach_the_sampler(tmp_path, little, calls):
     assert [usual[name] for name in options] == [18, "sde", .2, 3]
     assert [dpm[name] for name in options] == [18, "dpm", .2, 3]
     assert [without_classes[name] for name in options] == [18, "sde", .2, 1]
+    assert [none_dropped[name] for name in options] == [18, "sde", .2, 1]
     assert usual["interval"][0] < -50 and usual["interval"][1] > 50         # everywhere
 
 
