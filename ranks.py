@@ -118,7 +118,8 @@ class Ranks:
             try:
                 answer.wait(timedelta(seconds=max(.1, end - time.time())))
             except RuntimeError as error:   # closed; or no answer, maybe for want of a closed one
-                (silent if "Timed out" in str(error) else gone).append(rank)
+                late = any(word in str(error) for word in ("Timed out", "timeout"))
+                (silent if late else gone).append(rank)
         return sorted(gone or silent)
 
     # -- agreement

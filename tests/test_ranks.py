@@ -89,8 +89,11 @@ sys.exit(restarts == 0)
     assert [(tmp_path / f"found-{i}").read_text() for i in (0, 1)] == [str([False, False])] * 2
 
 
-@pytest.mark.parametrize("fate", ["pass", "os._exit(0)"], ids=["hung", "dead"])
-def test_of_four_ranks_only_the_lost_one_is_named(tmp_path, fate):
+@pytest.mark.parametrize("lost, fate, seconds", [([2], "pass", 10), ([1, 2], "pass", 10),
+                                                 ([2], "os._exit(0)", 60)],
+                         ids=["one hung", "two hung", "one dead"])
+def test_of_four_ranks_only_the_lost_are_named(tmp_path, lost, fate, seconds):
+    left = sorted({0, 1, 2, 3} - {*lost})
     script = tmp_path / "probe.py"
     script.write_text(BEGIN + f"""
 import time
@@ -100,19 +103,20 @@ from ranks import Ranks
 ranks = Ranks()
 ranks.join(timeout=10)
 dist.barrier(ranks.control)
-answers = [Path({str(tmp_path)!r}, f"unreachable-{{rank}}") for rank in (0, 1, 3)]
-if ranks.rank == 2:
+answers = [Path({str(tmp_path)!r}, f"unreachable-{{rank}}") for rank in {left}]
+if ranks.rank in {lost}:
     {fate}
 else:
     time.sleep(ranks.rank / 2)              # they do not find out at the same moment
     answer = Path({str(tmp_path)!r}, f"unreachable-{{ranks.rank}}")
-    answer.write_text(str(ranks.unreachable(seconds=10)))
+    answer.write_text(str(ranks.unreachable({seconds})))
 while not all(path.exists() for path in answers):       # one that leaves is lost to the others
     time.sleep(.1)
 os._exit(0)
 """)
     run_ranks(4, script)
-    assert [(tmp_path / f"unreachable-{rank}").read_text() for rank in (0, 1, 3)] == ["[2]"] * 3
+    for rank in left:
+        assert (tmp_path / f"unreachable-{rank}").read_text() == str(lost)
 
 
 def test_sigterm_to_one_of_two_sharded_ranks_ends_their_report_together(tmp_path):
