@@ -990,7 +990,7 @@ PHOTOGRAPHS = [
     ("benchmarks/fid.py", "number % crops.shape[1]", "number.clamp(max=crops.shape[1] - 1)",
      "tells_copies"),
     ("benchmarks/fid.py", "for place in (0, 1, -1):", "for place in (0, 1):", "tells_copies"),
-    ("benchmarks/fid.py", "place in places(image, size, 2)]", "place in places(image, size)[:2]]",
+    ("benchmarks/fid.py", "for place in at]", "for place in at[:2]]",
      "tells_copies"),
     ("benchmarks/fid.py", ".amin(1) / a.shape[1] ** .5", ".amax(1) / a.shape[1] ** .5",
      "tells_copies"),
