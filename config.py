@@ -125,8 +125,6 @@ def parse_config(argv=None):
                         (config.largest_map != 128, "largest_map")):
         if given and config.architecture == "unet":
             fail(f"--set architecture=unet: has no {what}; architecture=uvit has")
-    if config.bias is not None and config.loss != "sid2":
-        fail(f"--set bias={config.bias}: is for --loss sid2")
     if config.text and config.text != "bytes" and not config.text.startswith("t5:"):
         fail(f"--text {config.text}: must be bytes, or t5:NAME")
     if config.architecture == "unet":
@@ -139,8 +137,14 @@ def parse_config(argv=None):
     config.optimizer, config.decay = config.optimizer or "adam", config.decay or 0.0
     if config.multiscale is None:
         config.multiscale = mean_side(config.res) >= 512 and config.loss != "sid2"
-    if config.coarsest != 32 and not config.multiscale:
-        fail(f"--set coarsest={config.coarsest}: is for --set multiscale=on")
+    for useless, name, needs in (
+            (config.bias is not None and config.loss != "sid2", "bias", "--loss sid2"),
+            (config.coarsest != 32 and not config.multiscale, "coarsest", "--set multiscale=on"),
+            (config.noise_d != 32 and config.schedule == "cosine", "noise_d", "other schedules"),
+            (config.text_length != 128 and not config.text, "text_length", "--text"),
+            (config.largest_map != 128 and config.patch == "none", "largest_map", "other patches")):
+        if useless:
+            fail(f"--set {name}={getattr(config, name)}: is for {needs}")
     name = Path(os.path.abspath(config.data)).stem if config.data else "flowers"
     config.out = config.out or f"runs/{name}-{config.res}-{config.model}"
     return config

@@ -7,6 +7,7 @@ same step. `classes` lists the names of the classes, [] if there are none.
     dataset[n] -> x (3, H, W) uint8 (see from_uint8), a Condition of numbers (label -1: no class),
                   {name of a file that was skipped: why}
 """
+import contextlib
 import io
 import os
 import stat
@@ -50,10 +51,14 @@ def stacked(conditions):
     return Condition(label, rotated, tokens if tokens.numel() else None)
 
 
+def moved(tensor, device):
+    """To a device; only CUDA copies meanwhile, since MPS may do so too late (pytorch #189690)."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 def to_device(cond, device):
-    """A Condition's tensors to a device, without waiting."""
-    return Condition(*(part if part is None else part.to(device, non_blocking=True)
-                       for part in cond))
+    """A Condition's tensors to a device."""
+    return Condition(*(part if part is None else moved(part, device) for part in cond))
 
 
 def from_uint8(x):
@@ -85,7 +90,9 @@ def to_rgb(image):
 
     Floats are taken to end at 1, 255 or 65535, the first that none exceeds by more than half.
     """
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    with contextlib.suppress(Exception):    # EXIF that cannot be read: as it lies
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):          # 16 bit: PIL's own convert would clip it
         deep = np.asarray(image, np.int32).clip(0, 65535)
         image = Image.fromarray(((deep + 128) // 257).astype(np.uint8))

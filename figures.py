@@ -6,7 +6,9 @@
     python figures.py curves runs/NAME           runs/NAME/curves.png: losses by noise level
     python figures.py sizes 256                  what each model needs of a GPU (a table, printed)
 """
+import contextlib
 import dataclasses
+import io
 import json
 import math
 import sys
@@ -162,8 +164,15 @@ def curves(folder):
 
 
 def sizes(res):
-    """A table of the models: batch and steps, GB of a GPU with bf16 and compiled, computed."""
-    configs = [parse_config(["--res", res, "--model", model]) for model in PRESETS]
+    """A table of the models that have this size: batch and steps, GB of a GPU with bf16 and
+    compiled, computed.
+    """
+    configs, why = [], io.StringIO()
+    for model in PRESETS:
+        with contextlib.suppress(SystemExit), contextlib.redirect_stderr(why):
+            configs.append(parse_config(["--res", res, "--model", model]))
+    if not configs:
+        fail(why.getvalue().splitlines()[0])
     print("| `--model` | M weights | batch, steps | fixed GB | GB a picture "
           "| pictures at once in 24 GB | in 80 GB |\n|-|-|-|-|-|-|-|")
     for config in configs:

@@ -180,7 +180,8 @@ def parts_that_fit(config, classes, world, device, loss):
         return divisor(share, -(-share // max(1, int(room / each)))), why
     models = [*PRESETS]
     smaller = models[1:models.index(config.model)]      # without `laptop`: not all sizes suit it
-    changes = [dict(recompute=True)] + [dict(shard=True)] * (world > 1)
+    can_shard = world > 1 and config.optimizer != "muon"
+    changes = [dict(recompute=True)] + [dict(shard=True)] * can_shard
     would = []
     for change in changes + [dict(model=name) for name in reversed(smaller)]:
         changed = dataclasses.replace(config, **change)

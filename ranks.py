@@ -284,5 +284,6 @@ class StopSignals:
 
 def ignore_stop_signals(_=None):
     """For a process that loads pictures: the trainer still needs it when it is told to stop."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):           # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -152,6 +152,8 @@ def conditions(options, ckpt, config, classes):
         fail(f"--label {options.label}: needs a model with classes, {without}")
     if options.guidance != 1 and not classes and not config["text"]:
         fail(f"--guidance {options.guidance}: needs a model with classes or text, {without}")
+    if options.guidance != 1 and not config["drop_label"]:
+        fail(f"--guidance {options.guidance}: {ckpt} never learned to do without (drop_label)")
     if options.guidance == 1 and options.guidance_interval:
         fail("--guidance-interval: needs a --guidance other than 1")
     portrait, label = int(options.portrait), options.label
@@ -242,9 +244,8 @@ def main(argv=None):
         print(f"Model: {ckpt}, {why_chosen} (--ckpt FILE takes another).", flush=True)
     config = saved["config"]
     if options.guidance is None:
-        options.guidance = 3.0 if saved["classes"] or config["text"] else 1.0
-        if not config["drop_label"]:        # never trained without: nothing to guide away from
-            options.guidance = 1.0
+        chooses = len(saved["classes"]) > 1 or any(options.prompt or [])
+        options.guidance = 3.0 if chooses and config["drop_label"] else 1.0
     conds = conditions(options, ckpt, config, saved["classes"])
     schedule = logsnr_schedule(options.schedule or config["schedule"], config["res"],
                                config["noise_d"])

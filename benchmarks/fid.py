@@ -164,8 +164,9 @@ def random_crops(images, names, res):
     """A crop of each photograph, mirrored or not, by the hash of its name."""
     x = []
     for image, name in zip(images, names):
-        choice, corners = digest(name), places(image, res, 1)[1:]
-        x.append(both(image, res, corners[choice[2] % len(corners)])[choice[3] % 2])
+        mirrored, number = digest(name)[2] % 2, int.from_bytes(digest(name)[3:7], "big")
+        corners = places(image, res, 1)[1:]
+        x.append(both(image, res, corners[number % len(corners)])[mirrored])
     return torch.stack(x)
 
 
@@ -220,10 +221,14 @@ def enough(path, pictures):
 
 
 def balanced(numbers, names, labels, most):
-    """Of these pictures the same number of each class, at most `most` in all, by their hash."""
+    """Of these pictures the same number of each class, at most `most` in all, by their hash; those
+    outside of the folders of classes are left out.
+    """
     classes = {}
-    for i in sorted(numbers, key=lambda i: digest(names[i])[2:]):
+    for i in sorted(numbers, key=lambda i: digest(names[i])[7:]):
         classes.setdefault(labels[i], []).append(i)
+    if len(classes) > 1:
+        classes.pop(-1, None)
     each = min([max(1, most // max(1, len(classes))), *map(len, classes.values())])
     return [i for chosen in classes.values() for i in chosen[:each]]
 

@@ -29,7 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 import score
-from checkpoint import load_model
+from arguments import flowers_model
 from data import stacked, to_uint8
 from noise import picture_noise
 from sample import asinh_spacing, sample
@@ -80,8 +80,7 @@ def main():
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", default="samplers.md", help="the table (default: samplers.md)")
     args = parser.parse_args()
-    model, saved = load_model(args.ckpt, "cpu")
-    config = saved["config"]
+    model, config = flowers_model(args.ckpt)
     schedule = logsnr_schedule(config["schedule"], config["res"], config["noise_d"])
     size = f"{config['res']}x{config['res']}"
     truth, _, _ = score.real(score.TRUTH, size, seed=7)

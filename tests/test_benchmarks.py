@@ -125,6 +125,8 @@ def test_detail_and_distance_see_blur_broken_structure_and_wrong_colours():
                  blurred=F.avg_pool2d(y, 3, 1, 1))
     found = {name: score.compare(x, truth) for name, x in kinds.items()}
     assert abs(found["real"]["detail"] - 1) < .15 and found["blurred"]["detail"] < .2
+    flat = torch.cat([y, torch.full_like(y[:1], .5)])       # one of 151
+    assert .8 < score.compare(flat, truth)["detail"] / found["real"]["detail"] < 1
     assert all(found[name]["distance"] > 2 * found["real"]["distance"]
                for name in ("half", "swapped", "blurred")), found
 

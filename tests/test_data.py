@@ -33,6 +33,7 @@ def write_every_kind(folder):
     exif[0x0112] = 8                        # the camera was turned: turn it 90 degrees to the left
     turned = rgb.rotate(-90, expand=True)
     turned.save(folder / "turned.jpg", exif=exif, quality=100, subsampling=0)
+    rgb.save(folder / "bad_exif.png", exif=b"Exif\0\0no EXIF at all")
     rgb.convert("CMYK").save(folder / "cmyk.jpg", quality=100, subsampling=0)
     Image.new("L", size, 100).save(folder / "grey.png")
     Image.new("LA", size, (0, 128)).save(folder / "grey_alpha.png")
@@ -55,7 +56,8 @@ def write_every_kind(folder):
     light = ["deep.png", "deep.tif", "whole.tiff", *floats]
     return {
         "rgb.png": red, "UPPER.PNG": red, "small.webp": red, "photo.JPG": red, "turned.jpg": red,
-        "cmyk.jpg": red, "grey.png": (100,) * 3, "grey_alpha.png": (127,) * 3, "clear.png": white,
+        "bad_exif.png": red, "cmyk.jpg": red, "grey.png": (100,) * 3,
+        "grey_alpha.png": (127,) * 3, "clear.png": white,
         "half.png": (204,) * 3, "palette.png": (0, 255, 0), "palette_clear.png": white,
         **dict.fromkeys(light, (200,) * 3)}
 

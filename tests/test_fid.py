@@ -125,6 +125,16 @@ def test_real_pictures_are_cropped_and_mirrored_at_random_as_in_training():
     assert len(share) == 13 and .05 < share.min() and share.max() < .11       # 1/13 is .077
 
 
+def test_pictures_chosen_for_balance_are_cropped_everywhere_too():
+    names = [f"a/{i}.png" for i in range(6000)]
+    chosen = fid.balanced(range(6000), names, [i % 3 > 0 for i in range(6000)], 1000)
+    ramp = torch.arange(709.).expand(3, 8, 709)
+    x = fid.random_crops([ramp] * 1000, [names[i] for i in chosen], 8)[:, 0, 0] * 255
+    start = x.amin(1)
+    assert start.min() < 20 and start.max() > 680               # of 0 to 701
+    assert (start > 350).float().mean().sub(.5).abs() < .07     # four standard deviations
+
+
 def test_pixels_are_averaged_pixels_of_all_crops_and_mirror_images():
     rng = torch.Generator().manual_seed(0)
     images = [torch.randint(256, shape, generator=rng, dtype=torch.uint8)
@@ -154,6 +164,8 @@ def test_the_rows_of_real_pictures_have_as_many_of_each_class():
         assert [sum(labels[i] == k for i in chosen) for k in (0, 1)] == [each, each]
     assert len(fid.balanced(range(10, 80), names, labels, 1)) == 2
     assert fid.balanced([], names, labels, 10) == []
+    assert len(fid.balanced(range(80), names, [-1] * 3 + labels[3:], 1000)) == 54
+    assert len(fid.balanced(range(80), names, [-1] * 80, 1000)) == 80
     reference, rest = fid.halves(names, labels, 8)
     assert not {*reference} & {*rest} and len(reference) > 30 and len(rest) == 8
     assert chosen == fid.balanced(range(10, 80), names, labels, 25) and sorted(chosen) != chosen

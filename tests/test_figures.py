@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageColor
 
 import figures
+import uvit
 from tests.helpers import one_line
 
 
@@ -134,6 +135,12 @@ def test_without_arguments_all_figures_are_drawn_that_need_no_run(tmp_path, draw
 def test_wrong_arguments_of_figures_are_one_line(arguments, words, tmp_path, capsys):
     write_log(tmp_path, (50,), ([.1] * 8,))
     assert words in one_line(capsys, figures.main, arguments.format(tmp=tmp_path).split())
+
+
+def test_sizes_are_those_of_the_models_that_have_them(capsys):
+    figures.main(["sizes", "72"])               # 8 x 8 tokens of `laptop` need multiples of 16
+    rows = [line.split("`")[1] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert rows == [name for name in uvit.PRESETS if name != "laptop"]
 
 
 def test_a_curve_of_one_point_is_seen():

@@ -91,6 +91,14 @@ def test_stop_signals_are_noted_meanwhile_and_nohup_is_respected(nohup):
         signal.signal(signal.SIGHUP, original)
 
 
+@linux
+def test_a_closed_terminal_leaves_loaders_to_the_trainer():
+    script = ("import os, signal; from ranks import ignore_stop_signals; ignore_stop_signals(); "
+              "[os.kill(os.getpid(), n) for n in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)]; "
+              "print('alive')")
+    assert run_script(sys.executable, "-c", script) == "alive\n"
+
+
 def test_one_command_at_a_time_trains_in_a_folder(tmp_path, little, capsys, monkeypatch):
     (tmp_path / "run").mkdir()
     held = checkpoint.lock(tmp_path / "run/log.jsonl")

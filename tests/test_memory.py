@@ -170,6 +170,9 @@ def test_what_does_not_fit_says_what_it_needs_and_what_would(monkeypatch, capsys
     assert "; --recompute or --model small would fit" in said(9.6, "--model", "base")
     assert "; a smaller --res would fit" in said(.1, "--model", "tiny")
     assert "; a smaller --res would fit" in said(.1, "--model", "mini", "--res", "144")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--shard" in said(10, "--model", "base", "--batch", "2")
+    assert "--shard" not in said(.1, "--model", "laptop", "--batch", "2")       # by Muon
 
 
 def test_a_try_of_the_memory_is_of_all_pictures_with_all_else_that_training_needs(monkeypatch):

@@ -1,7 +1,9 @@
 """The trainer: options that reach the run; gradients, weights and pictures that are not fit."""
+import itertools
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -333,6 +335,24 @@ def test_seconds_in_the_log_are_those_of_the_whole_run(tmp_path, little):
 
 
 # ---------------------------------------------------------------------------- broken pictures
+
+def test_seconds_of_short_lines_add_up(tmp_path, little, monkeypatch):
+    times = itertools.count(step=.04)       # two looks at the clock a line: .04 s each
+    monkeypatch.setattr(run.time, "perf_counter", lambda: next(times))
+    run_train(tmp_path, "--steps", "5", "--log-every", "1")
+    assert log_lines(tmp_path)[-1]["seconds"] == .2
+
+
+def test_a_broken_picture_that_a_full_disk_kept_out_of_the_list_enters_it_later(tmp_path, capsys):
+    one = SimpleNamespace(dataset=SimpleNamespace(unread={}), broken={"a.png": "why"}, named=set(),
+                          out=tmp_path / "later")
+    with pytest.raises(OSError):
+        run.Run.name_broken(one)
+    one.out.mkdir()
+    for _ in range(2):
+        run.Run.name_broken(one)
+    assert (one.out / "broken.txt").read_text() == "a.png\twhy\n"
+
 
 def test_corrupt_file_is_named_once_in_training(tmp_path, little, capsys):
     """Over several epochs, after a resume, and by loaders: one line, and a count at the end."""

@@ -92,7 +92,7 @@ def test_prompts_are_drawn_in_turns_from_the_command_line_and_from_a_file(tmp_pa
         calls.clear()
         sampling.main(["--ckpt", str(tmp_path / "run/model.pt"), "--steps", "1", *flags,
                        "--out", str(tmp_path / name)])
-        assert all(call["guidance"] == 3 for call in calls)
+        assert all(call["guidance"] == (1 if name == "c" else 3) for call in calls)
         return [bytes(byte - 1 for byte in row if byte).decode()
                 for call in calls for row in call["cond"].tokens.tolist()]
 
@@ -125,7 +125,7 @@ def test_bf16_of_sampling_is_as_asked_or_as_the_hardware_has_it(tmp_path, little
     assert seen == [True, False, ranks.Ranks().has_bf16]
 
 
-def test_options_of_sampling_reach_the_sampler(tmp_path, little, calls):
+def test_options_of_sampling_reach_the_sampler(tmp_path, little, calls, capsys):
     run_train(tmp_path / "run", "--steps", "1", "--set", "noise_d=64")
     common = ["--ckpt", str(tmp_path / "run/model.pt"), "--n", "1"]
     sampling.main([*common, "--steps", "2", "--sampler", "ancestral", "--gamma", "0.7",
@@ -136,16 +136,22 @@ def test_options_of_sampling_reach_the_sampler(tmp_path, little, calls):
                    str(tmp_path / "c")])
     sampling.main([*common, "--sampler", "dpm", "--out", str(tmp_path / "d")])
     saved = torch.load(tmp_path / "run/model.pt")
-    network = saved["network"] | dict(classes=0)
-    torch.save(saved | dict(network=network, classes=[], ema=checkpoint.build_network(
-        **network).state_dict()), tmp_path / "no classes.pt")
+    for name, classes in ("no classes.pt", []), ("one class.pt", ["one"]):
+        network = saved["network"] | dict(classes=len(classes))
+        torch.save(saved | dict(network=network, classes=classes, ema=checkpoint.build_network(
+            **network).state_dict()), tmp_path / name)
     sampling.main(["--ckpt", str(tmp_path / "no classes.pt"), "--n", "1", "--out",
                    str(tmp_path / "e")])
     torch.save(saved | dict(config=saved["config"] | dict(drop_label=0.0)),
                tmp_path / "none dropped.pt")
     sampling.main(["--ckpt", str(tmp_path / "none dropped.pt"), "--n", "1", "--out",
                    str(tmp_path / "f")])
-    given, usual, cosine, dpm, without_classes, none_dropped = calls
+    sampling.main(["--ckpt", str(tmp_path / "one class.pt"), "--n", "1", "--out",
+                   str(tmp_path / "g")])
+    assert "never learned to do without (drop_label)" in one_line(
+        capsys, sampling.main, ["--ckpt", tmp_path / "none dropped.pt", "--guidance", "3", "--out",
+                                tmp_path / "h"])
+    given, usual, cosine, dpm, without_classes, none_dropped, one_class = calls
     t = torch.tensor([.3])
     assert torch.equal(given["schedule"](t), schedule.logsnr_shifted(t, 32, 64))
     assert torch.equal(cosine["schedule"](t), schedule.logsnr_cosine(t))
@@ -160,6 +166,7 @@ def test_options_of_sampling_reach_the_sampler(tmp_path, little, calls):
     assert [dpm[name] for name in options] == [18, "dpm", .2, 3]
     assert [without_classes[name] for name in options] == [18, "sde", .2, 1]
     assert [none_dropped[name] for name in options] == [18, "sde", .2, 1]
+    assert [one_class[name] for name in options] == [18, "sde", .2, 1]
     assert usual["interval"][0] < -50 and usual["interval"][1] > 50         # everywhere
 
 
