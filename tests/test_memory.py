@@ -170,9 +170,15 @@ def test_what_does_not_fit_says_what_it_needs_and_what_would(monkeypatch, capsys
     assert "; --recompute or --model small would fit" in said(9.6, "--model", "base")
     assert "; a smaller --res would fit" in said(.1, "--model", "tiny")
     assert "; a smaller --res would fit" in said(.1, "--model", "mini", "--res", "144")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "--shard" in said(10, "--model", "base", "--batch", "2")
-    assert "--shard" not in said(.1, "--model", "laptop", "--batch", "2")       # by Muon
+
+
+def test_shards_are_advised_for_adam_alone(monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda device: 7 * GB)
+    for optimizer in "adam", "muon":                # which needs whole matrices
+        config = config_of("--model", "base", "--set", f"optimizer={optimizer}")
+        with pytest.raises(ValueError) as error:
+            memory.parts_that_fit(config, 10, 2, torch.device("cpu"), train.loss_function(config))
+        assert ("--shard" in str(error.value)) == (optimizer == "adam")
 
 
 def test_a_try_of_the_memory_is_of_all_pictures_with_all_else_that_training_needs(monkeypatch):
