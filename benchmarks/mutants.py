@@ -459,7 +459,7 @@ SURVIVAL = [  # kills, signals, full disks, damage, lost ranks, compilers
     ("sample.py", "or any(options.prompt or [])", 'or config["text"]', "prompts_are_drawn"),
     ("sample.py", 'if chooses and config["drop_label"] else', "if chooses else",
      "options_of_sampling"),
-    ("config.py", 'config.schedule == "cosine", "noise_d"', 'False, "noise_d"', "wrong_call"),
+    ("config.py", 'config.schedule == "cosine", "noise_d"', 'False, "noise_d"', "wrong_input"),
     ("benchmarks/score.py", ".clamp(min=least)", "", "detail_and_distance"),
     ("sample.py", "(4 if ranks.device.type", "(16 if ranks.device.type", "four_pictures"),
     ("sample.py", '        model.compile(mode="reduce-overhead", dynamic=False)\n',
