@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import traceback
+import zlib
 from collections import ChainMap
 from contextlib import ExitStack
 from pathlib import Path
@@ -230,10 +231,14 @@ class Run:
             older = sorted(map(str, self.out.glob(CHECKPOINTS)))[:-1] or ["the start"]
             fail(f"{error}; without that file the run goes on from {older[-1]}")
         self.check_settings(saved["config"])
-        if saved["classes"] != classes or saved.get("pictures") != pictures:
+        if (saved.get("pictures"), len(saved["classes"])) != (pictures, len(classes)):
             fail(f"{self.out} was started with {saved.get('pictures')} pictures in "
                  f"{len(saved['classes'])} classes, now {pictures} in {len(classes)}: put them "
                  "back, or give a new --out")
+        names = self.names_code()
+        if saved.get("names", names) != names:          # those of classes are in them
+            fail(f"{self.out} was started with pictures or classes of other names: put them back, "
+                 "or give a new --out")
         try:
             at_a_time = saved.get("at_a_time", config.batch)
             assert isinstance(at_a_time, int) and at_a_time > 0
@@ -467,6 +472,10 @@ class Run:
 
     # -- log and checkpoints
 
+    def names_code(self):
+        """A number that other names of pictures would change."""
+        return zlib.crc32("\n".join(self.dataset.names).encode("utf-8", "surrogateescape"))
+
     def attempt(self, write_files):
         """Call it -> whether it raised no OSError: a full disk costs these files, not the run."""
         try:
@@ -512,7 +521,7 @@ class Run:
                        ema=gather_full(self.ema.state_dict(), first))
         rest = dict(model=gather_full(self.model.state_dict(), first),
                     optimizer=gather_full(self.optimizer.state_dict(), first),
-                    pictures=len(self.dataset.names), seconds=self.seconds,
+                    pictures=len(self.dataset.names), names=self.names_code(), seconds=self.seconds,
                     skipped=int(self.skipped), at_a_time=self.share // self.num_parts)
         saved = self.attempt(lambda: self.write_checkpoint(content, rest)) if first else None
         self.saved = ranks.from_first(saved)

@@ -40,8 +40,11 @@ def test_other_pictures_or_classes_are_refused(tmp_path, little, capsys):
         "them back, or give a new --out\n"
     more.unlink()
     (tmp_path / "set/a").rename(tmp_path / "set/c")
-    assert "8 pictures in 2 classes, now 8 in 2: put" in one_line(capsys, train.main, command)
+    assert "pictures or classes of other names" in one_line(capsys, train.main, command)
     (tmp_path / "set/c").rename(tmp_path / "set/a")
+    (tmp_path / "set/a/0.png").rename(tmp_path / "set/a/00.png")
+    assert "pictures or classes of other names" in one_line(capsys, train.main, command)
+    (tmp_path / "set/a/00.png").rename(tmp_path / "set/a/0.png")
     assert run_train(tmp_path / "run", *flags, "2")["step"] == 2
 
 
