@@ -49,7 +49,7 @@ class UNet(nn.Module):
         multiples = (multiples[:1] * depth + multiples)[-depth:]
         blocks = (blocks[:1] * depth + blocks)[-depth:-2] + (blocks_16, blocks[-1])
         widths = [channels * multiple for multiple in multiples]
-        widths[0] = max(widths[0], min(128, 3 * 4**levels))     # as in uvit.py
+        widths[0] = max(widths[0], min(128, 6 * 4**levels))     # as in uvit.py
         step = 2 ** (levels + depth - 1)
         assert all(side % step == 0 for side in height_width(res)), \
             f"{step} must divide the sides of {res}"

@@ -239,7 +239,7 @@ class UViT(nn.Module):
         step = 2 ** (levels + halvings)
         assert H % step == W % step == 0, f"{step} must divide the sides of {res}"
         widths, blocks = stages(widths, blocks, halvings)
-        widths[0] = max(widths[0], min(128, 3 * 4**levels))     # fewer than the bands lose detail
+        widths[0] = max(widths[0], min(128, 6 * 4**levels))     # 2 a band: h = SiLU(h) - SiLU(-h)
         self.project_in, self.project_out = input_output_layers(patch, levels, widths[0])
         self.embedding = Embedding(emb_dim, classes, portrait, text_width)
         self.down, self.pool, self.up, self.upsample = (nn.ModuleList() for _ in range(4))

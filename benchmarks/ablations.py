@@ -12,8 +12,8 @@ is at 9 x 9: a step of `tiny` at 72 and 144 takes a CPU 0.47 and 0.33 of one at 
 
 Structure is what is left after averaging to 32 x 32 or the next size above that halves evenly. It
 is scored apart: after 1,500 steps at 144 samples of `tiny` are still covered with grain. All levels
-of the network, not only the top one, are at least as wide as the wavelet has channels (48 at 288,
-192 at 576).
+of the network are at least as wide as the wavelet has channels (48 at 288, 192 at 576), the top
+one twice (to 128).
 
     structure, full     rms error of x_hat (clipped, as the sampler does) for flowers not trained
                         on, at five noise levels, after averaging (where its logsnr is -4, -2, 0,
@@ -162,7 +162,7 @@ FINDINGS = dict(
          "conv 2 x 2": ("--set patch=conv blocks_16=6 largest_map={half}", None),
          "conv 4 x 4": ("--set patch=conv blocks_16=8 largest_map={quarter}", None)},
         " The blocks that a smaller top level saves move into the transformer. Levels are 16, 16, "
-        "16, 48 wide without patching, 16, 16, 48 with one halving, 48, 48 with two."),
+        "16, 48 wide without patching, 24, 16, 48 with one halving, 96, 48 with two."),
     prediction=Finding(
         "The network predicts v, and the loss of eps has weight 1 (Section 2, no figures in the "
         "paper).", (72,),

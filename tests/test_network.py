@@ -122,9 +122,9 @@ def test_positions_start_as_sines_in_the_three_smallest_presets():
 
 
 @pytest.mark.parametrize("net, res, width", [
-    ("uvit", "64", 16), ("uvit", "256", 16), ("uvit", "384x640", 48), ("uvit", "1024", 128),
-    ("unet", "256", 16), ("unet", "384x640", 48)])
-def test_top_level_is_as_wide_as_there_are_bands(net, res, width):
+    ("uvit", "64", 16), ("uvit", "256", 24), ("uvit", "384x640", 96), ("uvit", "1024", 128),
+    ("unet", "256", 16), ("unet", "384x640", 96)])
+def test_top_level_is_twice_as_wide_as_there_are_bands(net, res, width):
     config = train.parse_config(["--res", res, "--model", "tiny", "--set", f"architecture={net}"])
     with torch.device("meta"):
         model = checkpoint.build_network(**config.network_settings(0))
@@ -144,7 +144,7 @@ def test_stages_of_a_preset_are_its_last_ones_and_the_first_repeated(flags, widt
     assert model.position.shape[1] == widths[-1]
 
 
-@pytest.mark.parametrize("res, top, width", [("64", 64, 16), ("512", 128, 48)])
+@pytest.mark.parametrize("res, top, width", [("64", 64, 16), ("512", 128, 96)])
 def test_laptop_has_its_transformer_at_8_x_8(res, top, width):
     with torch.device("meta"):
         model = checkpoint.build_network(**train.parse_config(["--res", res]).network_settings(0))
