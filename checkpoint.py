@@ -6,7 +6,7 @@ checksums first and never runs code from it. Both raise; train.py and sample.py 
 
 A checkpoint is a dict: format, config (the settings of the run), network (the numbers that define
 the network), classes (names), step, ema (weights by name), and what else is needed to go on:
-model, optimizer, pictures, seconds, skipped, at_a_time. model.pt is the first six of these.
+model, optimizer, pictures, names, seconds, skipped, at_a_time. model.pt is the first six of these.
 """
 import json
 import os
@@ -174,8 +174,8 @@ def copy_weights(source, target, same_classes):
             b[tuple(map(slice, a.shape))] = a
         else:
             raise ValueError(f"another trunk, {name} is {shapes[0]} there, {shapes[1]} here: it "
-                             "takes the same --model and settings of the network, and as many "
-                             "halvings from the largest map to the smallest")
+                             "takes the same --model and settings of the network, as wide a "
+                             "largest map, and as many halvings from it to the smallest")
 
 
 def release(path, out):

@@ -140,9 +140,9 @@ def parse_config(argv=None):
     for useless, name, needs in (
             (config.bias is not None and config.loss != "sid2", "bias", "--loss sid2"),
             (config.coarsest != 32 and not config.multiscale, "coarsest", "--set multiscale=on"),
-            (config.noise_d != 32 and config.schedule == "cosine", "noise_d", "other schedules"),
+            (config.noise_d != 32 and config.schedule == "cosine", "noise_d", "--schedule shifted"),
             (config.text_length != 128 and not config.text, "text_length", "--text"),
-            (config.largest_map != 128 and config.patch == "none", "largest_map", "other patches")):
+            (config.largest_map != 128 and config.patch == "none", "largest_map", "patch=dwt")):
         if useless:
             fail(f"--set {name}={getattr(config, name)}: is for {needs}")
     name = Path(os.path.abspath(config.data)).stem if config.data else "flowers"
@@ -192,8 +192,8 @@ class SamplingOptions:
                              "ddim)", least=1, most=100_000)
     gamma: float | None = flag(None, "variance of ancestral steps, 0 to 1 (default: 0.2)", least=0,
                                most=1)
-    guidance: float | None = flag(None, "1 + eta of the paper; 1 is off (default: 3; 1 without "
-                                  "classes and captions)", least=0)
+    guidance: float | None = flag(None, "1 + eta of the paper; 1 is off (default: 3 with a "
+                                  "choice of classes or a prompt, else 1)", least=0)
     guidance_interval: tuple[float, float] | None = flag(
         None, "logsnr between which there is guidance (default: everywhere)",
         metavar=("LOW", "HIGH"))

@@ -52,7 +52,7 @@ def stacked(conditions):
 
 
 def moved(tensor, device):
-    """To a device; only CUDA copies meanwhile, since MPS may do so too late (pytorch #189690)."""
+    """To a device, for CUDA without waiting: MPS may copy what was freed (pytorch #189690)."""
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 

@@ -236,7 +236,7 @@ class Run:
                  f"{len(saved['classes'])} classes, now {pictures} in {len(classes)}: put them "
                  "back, or give a new --out")
         names = self.names_code()
-        if saved.get("names", names) != names:          # those of classes are in them
+        if saved["classes"] != classes or saved.get("names", names) != names:
             fail(f"{self.out} was started with pictures or classes of other names: put them back, "
                  "or give a new --out")
         try:
@@ -415,7 +415,8 @@ class Run:
         self.in_a_row = (self.in_a_row + 1) * skipped
         self.most_in_a_row = torch.maximum(self.most_in_a_row, self.in_a_row)
         # From a GPU this number may be some steps old: nobody waits for it.
-        self.news.copy_(self.most_in_a_row, non_blocking=self.done < config.steps)
+        self.news.copy_(self.most_in_a_row, non_blocking=self.done < config.steps
+                        and self.ranks.device.type == "cuda")
         self.stopped, diverged, unreadable = self.ranks.any(
             self.signals.received or self.ranks.was_orphaned(),
             self.news >= NOT_FINITE_AT_MOST, self.too_many_broken())
@@ -465,16 +466,17 @@ class Run:
         """Each skipped file once a run, whichever rank met it first."""
         for name, why in (self.dataset.unread | self.broken).items():
             if printable(name) not in self.named:
-                tqdm.write(f"skipped {printable(name)}: {why}")
                 with open(self.out / "broken.txt", "a", encoding="utf-8") as file:
                     file.write(f"{printable(name)}\t{why}\n")
+                tqdm.write(f"skipped {printable(name)}: {why}")
                 self.named.add(printable(name))
 
     # -- log and checkpoints
 
     def names_code(self):
-        """A number that other names of pictures would change."""
-        return zlib.crc32("\n".join(self.dataset.names).encode("utf-8", "surrogateescape"))
+        """A number that other names of pictures would change, whatever their folders."""
+        names = "\n".join(name.rpartition("/")[2] for name in self.dataset.names)
+        return zlib.crc32(names.encode("utf-8", "surrogatepass"))
 
     def attempt(self, write_files):
         """Call it -> whether it raised no OSError: a full disk costs these files, not the run."""

@@ -153,7 +153,7 @@ def conditions(options, ckpt, config, classes):
     if options.guidance != 1 and not classes and not config["text"]:
         fail(f"--guidance {options.guidance}: needs a model with classes or text, {without}")
     if options.guidance != 1 and not config["drop_label"]:
-        fail(f"--guidance {options.guidance}: {ckpt} never learned to do without (drop_label)")
+        fail(f"--guidance {options.guidance}: {ckpt} was trained with drop_label=0")
     if options.guidance == 1 and options.guidance_interval:
         fail("--guidance-interval: needs a --guidance other than 1")
     portrait, label = int(options.portrait), options.label

@@ -212,10 +212,10 @@ class UViT(nn.Module):
     """U-ViT (Figure 8): z (B, 3, H, W), logsnr (B,), a Condition or None -> v_hat, shaped as z.
 
     res: 512 or "384x640"; its sides must be multiples of 2^(levels + halvings), see below;
-    widths, blocks, depth, head_dim, emb_dim, dropout, position_init: see PRESETS;
+    widths, blocks, depth, head_dim, emb_dim, dropout, position_init: see PRESETS. Not the
+    paper's: widths[0] is at least twice the wavelet's channels, as h = SiLU(h) - SiLU(-h), to 128;
     patch: "dwt", "conv" (strided and transposed convolution) or "none" (full-size maps);
-    largest_map, dropout_res: sides of the largest map, and of the largest whose ResBlocks have
-    dropout. With 16 only the transformer has it: presets with dropout have no ResBlocks at 16;
+    largest_map, dropout_res: sides of the largest map, and of the largest ResBlocks with dropout;
     classes: 0 for none;  portrait: whether it is told Condition.portrait;
     text: None, or an encoder of captions, which brings its cross-attention block (text.py).
     """
@@ -239,7 +239,7 @@ class UViT(nn.Module):
         step = 2 ** (levels + halvings)
         assert H % step == W % step == 0, f"{step} must divide the sides of {res}"
         widths, blocks = stages(widths, blocks, halvings)
-        widths[0] = max(widths[0], min(128, 6 * 4**levels))     # 2 a band: h = SiLU(h) - SiLU(-h)
+        widths[0] = max(widths[0], min(128, 6 * 4**levels))
         self.project_in, self.project_out = input_output_layers(patch, levels, widths[0])
         self.embedding = Embedding(emb_dim, classes, portrait, text_width)
         self.down, self.pool, self.up, self.upsample = (nn.ModuleList() for _ in range(4))

@@ -390,6 +390,8 @@ SURVIVAL = [  # kills, signals, full disks, damage, lost ranks, compilers
      '                self.named.add(printable(name))\n'
      '                with open(self.out / "broken.txt"', "full_disk_kept"),
     ("run.py", "!= names:", "!= names and False:", "other_pictures_or"),
+    ("run.py", 'if saved["classes"] != classes or', "if", "other_pictures_or"),
+    ("run.py", 'name.rpartition("/")[2] for name', "name for name", "other_pictures_or"),
     ("run.py", "self.seconds += took", "self.seconds = round(self.seconds + took, 1)",
      "short_lines"),
     ("ranks.py", '("SIGINT", "SIGTERM", "SIGHUP")', '("SIGINT", "SIGTERM")', "closed_terminal"),

@@ -621,15 +621,15 @@ def test_ablations_changes_of_a_finding_reach_the_trainer(tmp_path, monkeypatch)
     assert config.data == str(tmp_path / "few-72")
 
     rows = {        # levels; channels of the first map; blocks of the transformer
-        "none": (0, 16, 4), "DWT-1": (1, 16, 6), "DWT-2": (2, 48, 8),
-        "conv 2 x 2": (1, 16, 6), "conv 4 x 4": (2, 48, 8)}
+        "none": (0, 16, 4), "DWT-1": (1, 24, 6), "DWT-2": (2, 96, 8),
+        "conv 2 x 2": (1, 24, 6), "conv 4 x 4": (2, 96, 8)}
     for res in (144, 256):
         for row, expected in rows.items():
             model = checkpoint.build_network(**fit("patch", res, row).network_settings(0))
             first = model.project_in
             levels = model.wavelet_levels or int(math.log2(first.stride[0]))
             assert (levels, first.out_channels, len(model.transformer)) == expected, (res, row)
-            assert all(pool[1].in_channels >= expected[1] for pool in model.pool)
+            assert all(pool[1].in_channels >= 3 * 4**levels for pool in model.pool)
     assert run.tqdm is ablations.NoBar and ablations.NoBar(range(3), disable=False).disable
 
 

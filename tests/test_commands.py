@@ -1,5 +1,6 @@
 """Wrong commands: one line, exit code 2."""
 import re
+import shutil
 
 import pytest
 import torch
@@ -45,6 +46,9 @@ def test_other_pictures_or_classes_are_refused(tmp_path, little, capsys):
     (tmp_path / "set/a/0.png").rename(tmp_path / "set/a/00.png")
     assert "pictures or classes of other names" in one_line(capsys, train.main, command)
     (tmp_path / "set/a/00.png").rename(tmp_path / "set/a/0.png")
+    shutil.make_archive(tmp_path / "set", "zip", tmp_path, "set")       # a folder in the zip
+    (tmp_path / "set").rename(tmp_path / "moved")
+    flags[1] = tmp_path / "set.zip"
     assert run_train(tmp_path / "run", *flags, "2")["step"] == 2
 
 
@@ -103,9 +107,9 @@ WRONG = [       # flags of train.py, what the one line says: argument, value, wh
     ("--schedule linear", "--schedule linear: must be one of cosine"),
     ("--loss l1", "--loss l1: must be one of eps"),
     ("--set coarsest=16", "--set coarsest=16: is for --set multiscale=on"),
-    ("--schedule cosine --set noise_d=64", "--set noise_d=64: is for other schedules"),
+    ("--schedule cosine --set noise_d=64", "--set noise_d=64: is for --schedule shifted"),
     ("--set text_length=64", "--set text_length=64: is for --text"),
-    ("--set patch=none largest_map=64", "--set largest_map=64: is for other patches"),
+    ("--set patch=none largest_map=64", "--set largest_map=64: is for patch=dwt"),
     ("--set multiscale=maybe", "--set multiscale=maybe: must be one of on, off"),
     ("--set bf16=yes", "--set bf16=yes: must be one of on, off"),
     ("--compile maybe", "--compile maybe: must be one of on, off"),

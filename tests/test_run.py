@@ -352,6 +352,7 @@ def test_a_broken_picture_that_a_full_disk_kept_out_of_the_list_enters_it_later(
     for _ in range(2):
         run.Run.name_broken(one)
     assert (one.out / "broken.txt").read_text() == "a.png\twhy\n"
+    assert capsys.readouterr().out.count("skipped a.png: why") == 1
 
 
 def test_corrupt_file_is_named_once_in_training(tmp_path, little, capsys):

@@ -148,7 +148,7 @@ def test_options_of_sampling_reach_the_sampler(tmp_path, little, calls, capsys):
                    str(tmp_path / "f")])
     sampling.main(["--ckpt", str(tmp_path / "one class.pt"), "--n", "1", "--out",
                    str(tmp_path / "g")])
-    assert "never learned to do without (drop_label)" in one_line(
+    assert "was trained with drop_label=0" in one_line(
         capsys, sampling.main, ["--ckpt", tmp_path / "none dropped.pt", "--guidance", "3", "--out",
                                 tmp_path / "h"])
     given, usual, cosine, dpm, without_classes, none_dropped, one_class = calls
