@@ -40,9 +40,9 @@ def test_other_pictures_or_classes_are_refused(tmp_path, little, capsys):
     assert error == f"{tmp_path}/run was started with 8 pictures in 2 classes, now 9 in 2: put " \
         "them back, or give a new --out\n"
     more.unlink()
-    (tmp_path / "set/a").rename(tmp_path / "set/c")
+    (tmp_path / "set/a").rename(tmp_path / "set/aa")     # in the same order
     assert "pictures or classes of other names" in one_line(capsys, train.main, command)
-    (tmp_path / "set/c").rename(tmp_path / "set/a")
+    (tmp_path / "set/aa").rename(tmp_path / "set/a")
     (tmp_path / "set/a/0.png").rename(tmp_path / "set/a/00.png")
     assert "pictures or classes of other names" in one_line(capsys, train.main, command)
     (tmp_path / "set/a/00.png").rename(tmp_path / "set/a/0.png")
