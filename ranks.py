@@ -284,6 +284,5 @@ class StopSignals:
 
 def ignore_stop_signals(_=None):
     """For a process that loads pictures: the trainer still needs it when it is told to stop."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):           # Windows has no SIGHUP
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+        signal.signal(number, signal.SIG_IGN)

@@ -212,10 +212,10 @@ class UViT(nn.Module):
     """U-ViT (Figure 8): z (B, 3, H, W), logsnr (B,), a Condition or None -> v_hat, shaped as z.
 
     res: 512 or "384x640"; its sides must be multiples of 2^(levels + halvings), see below;
-    widths, blocks, depth, head_dim, emb_dim, dropout, position_init: see PRESETS. Not the
-    paper's: widths[0] is at least twice the wavelet's channels, as h = SiLU(h) - SiLU(-h), to 128;
+    widths, blocks, depth, head_dim, emb_dim, dropout, position_init: see PRESETS. The
+    largest map has, up to 128, two channels or more for each of the wavelet (docs/results.md);
     patch: "dwt", "conv" (strided and transposed convolution) or "none" (full-size maps);
-    largest_map, dropout_res: sides of the largest map, and of the largest ResBlocks with dropout;
+    largest_map, dropout_res: sides of the largest map, and of the largest one with dropout;
     classes: 0 for none;  portrait: whether it is told Condition.portrait;
     text: None, or an encoder of captions, which brings its cross-attention block (text.py).
     """

@@ -394,7 +394,7 @@ SURVIVAL = [  # kills, signals, full disks, damage, lost ranks, compilers
     ("run.py", 'name.rpartition("/")[2] for name', "name for name", "other_pictures_or"),
     ("run.py", "self.seconds += took", "self.seconds = round(self.seconds + took, 1)",
      "short_lines"),
-    ("ranks.py", '("SIGINT", "SIGTERM", "SIGHUP")', '("SIGINT", "SIGTERM")', "closed_terminal"),
+    ("ranks.py", ', getattr(signal, "SIGHUP", signal.SIGTERM)}', "}", "closed_terminal"),
     ("memory.py", ' and config.optimizer != "muon"', "", "shards_are_advised"),
     ("data.py", "with contextlib.suppress(Exception):", "if True:", "every_kind"),
     ("run.py", 'self.named = {line.split("\\t")[0] for line in lines}', "self.named = set()",
