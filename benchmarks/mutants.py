@@ -343,10 +343,17 @@ TRAINER = [   # what is learned, with which numbers
      "epoch"),
     ("noise.py", "TRAINING, SAMPLING, DROPOUT = 1, 2, 3", "TRAINING, SAMPLING, DROPOUT = 1, 1, 1",
      "random_streams"),
-    ("noise.py", "torch.stack(eps), torch.stack(u)", "torch.stack(eps), torch.stack(t)",
-     "seed_and_number"),
-    ("noise.py", "generator.manual_seed(seed_of(TRAINING, seed, n))",
-     "generator.manual_seed(seed_of(TRAINING, seed))", "seed_and_number"),
+    ("noise.py", "eps, u.to(device)", "eps, t.to(device)", "seed_and_number"),
+    ("noise.py", "torch.tensor(list(numbers))", "torch.arange(len(numbers))", "seed_and_number"),
+    ("noise.py", "seed_of(TRAINING, seed))", "seed_of(TRAINING))", "neighbours"),
+    ("noise.py", "(z >> 27).bitwise_and_((1 << 37) - 1)", "z >> 27", "published"),
+    ("noise.py", "torch.arange(3, 3 + count", "torch.arange(2, 2 + count", "box_and_muller"),
+    ("noise.py", "torch.xlogy(-2, a)", "torch.xlogy(-1, a)", "box_and_muller or normal"),
+    ("noise.py", "torch.hypot(bits[:, ::2] * 2.0**-31, torch.tensor(2.0**-32))",
+     "(bits[:, ::2] * 2.0**-31).abs_()", "zero_bits"),
+    ("noise.py", "torch.sin(angle, out", "torch.cos(angle, out", "box_and_muller or neighbours"),
+    ("noise.py", "splitmix64(keys[:, None], from_3(half, keys.device))",
+     "torch.stack([splitmix64(key, from_3(half, key.device)) for key in keys])", "few_launches"),
 ]
 
 SURVIVAL = [  # kills, signals, full disks, damage, lost ranks, compilers
