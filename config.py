@@ -81,9 +81,12 @@ class Config:
     # Folder and reports
     out: str = flag("", "folder of the run (default: runs/DATA-RES-MODEL)", may_change=True)
     log_every: int = flag(20, "steps between lines of log.jsonl", least=1, may_change=True)
-    sample_every: int = flag(250, "steps between grids of samples; 0: none", least=0,
+    sample_every: int | None = flag(None, "steps between grids of samples; 0: none (default: 250, "
+                                    "or with each checkpoint)", least=0, may_change=True)
+    save_every: int | None = flag(None, "steps between checkpoints, besides --save-minutes "
+                                  "(default: 250 up to mini)", least=1, may_change=True)
+    save_minutes: float = flag(15.0, "minutes between checkpoints", least=.01, most=1e6,
                                may_change=True)
-    save_every: int = flag(250, "steps between checkpoints", least=1, may_change=True)
 
     def network_settings(self, classes):
         """The settings of the network, for checkpoint.build_network; classes: how many."""
@@ -100,6 +103,9 @@ class Config:
             dropout=dropout, depth=self.blocks_16 or shape["depth"], largest_map=self.largest_map,
             skips=self.skips, text=self.text, text_length=self.text_length,
             text_width=shape["emb_dim"] // 2)
+
+
+QUICK = "laptop", "tiny", "mini"            # models that save and draw every 250 steps
 
 
 EXAMPLES = """Train a network by simple diffusion.
@@ -134,6 +140,9 @@ def parse_config(argv=None):
     for name, value in training.items():
         if getattr(config, name) is None:
             setattr(config, name, value)
+    if config.model in QUICK:
+        config.save_every = config.save_every or 250
+        config.sample_every = 250 if config.sample_every is None else config.sample_every
     config.optimizer, config.decay = config.optimizer or "adam", config.decay or 0.0
     if config.multiscale is None:
         config.multiscale = mean_side(config.res) >= 512 and config.loss != "sid2"

@@ -2,8 +2,9 @@
 
     bytes = 20 for each weight + what the backward pass keeps of one picture * pictures at a time
 
-The 20: weight 4, gradient 4, Adam's two moments 8, moving average 4. What is kept of a picture is
-counted on the "meta" device, which computes shapes alone: no memory, and about a second.
+The 20: weight 4, gradient 4, Adam's two moments 8, moving average 4; without CUDA 16 more, for the
+copy of a checkpoint that is being written. What is kept of a picture is counted on the "meta"
+device, which computes shapes alone: no memory, and about a second.
 """
 import dataclasses
 import gc
@@ -153,7 +154,10 @@ def needed(config, classes, world, device_type, loss):
     frozen = getattr(model.text, "encoder", None)           # a T5, which is not on "meta"
     fixed = sum(weight.nbytes for weight in frozen.parameters()) if frozen else 0
     fixed += BASE + REPORT * 12 * math.prod(height_width(config.res))
-    return fixed + weights * per_weight / (world if config.shard else 1), each, weights
+    per_weight /= world if config.shard else 1
+    if device_type != "cuda":           # in the same memory: the copy that goes to the disk, of all
+        per_weight += 16 / world        # ranks together
+    return fixed + weights * per_weight, each, weights
 
 
 # ---------------------------------------------------------------------------- parts of a batch

@@ -16,7 +16,9 @@ import time
 import traceback
 import zlib
 from collections import ChainMap
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +26,8 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from checkpoint import FORMAT, append, build_network, lock, read, trim, upgraded, write
+from checkpoint import (FORMAT, KEYS, append, build_network, host_copy, lock, read, trim,
+                        upgraded, write)
 from cli import IgnoreBrokenPipe, fail, written
 from data import collate, from_uint8, grid, moved, printable, to_device, to_uint8
 from loss import diffusion_loss
@@ -140,10 +143,11 @@ class Run:
         self.model, self.ema, self.optimizer = model, ema, optimizer
         (self.num_parts, self.why), self.share = parts, config.batch // ranks.world
         self.schedule = logsnr_schedule(config.schedule, config.res, config.noise_d)
-        self.out, self.done, self.seconds, self.saved = Path(config.out), 0, 0.0, True
+        self.out, self.done, self.seconds = Path(config.out), 0, 0.0
         self.broken, self.new_broken = {}, {}   # {skipped file: why}: of all ranks, new on this one
         self.total = torch.zeros(2, device=ranks.device)    # sum and number of losses since a line
         self.skipped, self.in_a_row, self.most_in_a_row = torch.zeros(3, device=ranks.device)
+        self.writing, self.copies = None, None      # a save that a thread writes; what it writes
         self.exits = ExitStack()
 
     def __enter__(self):
@@ -157,11 +161,13 @@ class Run:
             self.fail_for_pictures()
         with ExitStack() as self.exits:
             newest, reports = self.open_folder()
+            self.writer = self.exits.enter_context(ThreadPoolExecutor(1))
             resumed_parts = self.restore(newest) if newest else 0
             if resumed_parts and not config.accum:
                 self.num_parts, self.why = resumed_parts, "as it began"
             if self.ranks.is_first:
                 self.remove_leftovers()
+            self.saved_at = self.done
             self.missed_report = self.report_due() and f"grid-{self.done:07d}.png" not in reports
             self.exits = self.exits.pop_all()
         return self
@@ -215,6 +221,7 @@ class Run:
                 part.unlink()
 
     def last_good(self):
+        self.last_save_is_written()
         return max(self.out.glob(CHECKPOINTS), default="none yet")
 
     # -- resume
@@ -334,6 +341,7 @@ class Run:
         self.bar = tqdm(total=config.steps, initial=self.done, disable=not first, unit="step")
         self.exits.callback(self.bar.close)
         self.clock, self.logged = time.perf_counter(), self.done
+        self.save_clock = time.monotonic()
         self.news = torch.zeros((), pin_memory=self.ranks.device.type == "cuda")
         self.model.train()
         if self.missed_report:
@@ -361,8 +369,10 @@ class Run:
         defaults = [default_model(config.res, cuda) for cuda in (False, True)]
         if config.model == defaults[kind == "cuda"] and defaults[0] != defaults[1]:
             print("Default --model at this size: {} without CUDA, {} with CUDA.".format(*defaults))
-        often = f"every {config.sample_every} steps, first at " \
-                f"{min(config.sample_every, FIRST_REPORT)}" if config.sample_every else "never"
+        often = {0: "never", None: f"at step {FIRST_REPORT}, then every {config.save_minutes:g} "
+                 "minutes"}.get(config.sample_every)
+        often = often or f"every {config.sample_every} steps, first at " \
+            f"{min(config.sample_every, FIRST_REPORT)}"
         parts = f"{self.num_parts} part{'s' * (self.num_parts > 1)}"
         print(f"Each step: {self.share} pictures{' on each rank' * (self.ranks.world > 1)} in "
               f"{parts} of {self.share // self.num_parts} ({self.why}).\n"
@@ -417,9 +427,9 @@ class Run:
         # From a GPU this number may be some steps old: nobody waits for it.
         self.news.copy_(self.most_in_a_row, non_blocking=self.done < config.steps
                         and self.ranks.device.type == "cuda")
-        self.stopped, diverged, unreadable = self.ranks.any(
+        self.stopped, diverged, unreadable, is_time = self.ranks.any(
             self.signals.received or self.ranks.was_orphaned(),
-            self.news >= NOT_FINITE_AT_MOST, self.too_many_broken())
+            self.news >= NOT_FINITE_AT_MOST, self.too_many_broken(), self.is_time_to_save())
         if diverged:
             self.bar.close()
             fail(f"step {self.done}: the last {NOT_FINITE_AT_MOST} gradients were not finite; the "
@@ -431,7 +441,8 @@ class Run:
         if unreadable:
             self.bar.close()
             self.fail_for_pictures()
-        if self.done % config.save_every == 0 or self.done == FIRST_REPORT or last:
+        if last or is_time or self.done == FIRST_REPORT \
+                or config.save_every and self.done % config.save_every == 0:
             self.save()
         if self.report_due() and not self.stopped:
             self.report()
@@ -440,7 +451,7 @@ class Run:
         if self.ranks.is_first and self.broken:
             print(f"{len(self.broken)} of {len(self.dataset.names)} pictures could not be read and "
                   f"were skipped: {self.out}/broken.txt")
-        if not self.saved:
+        if not self.ranks.from_first(self.last_save_is_written()):
             fail(f"step {self.done}: not saved; the last good checkpoint is {self.last_good()}, "
                  "and the same command goes on from there", code=1)
         if self.ranks.is_first and self.done < self.config.steps:
@@ -480,11 +491,12 @@ class Run:
 
     def attempt(self, write_files):
         """Call it -> whether it raised no OSError: a full disk costs these files, not the run."""
+        step = self.done
         try:
             write_files()
             return True
         except OSError as error:
-            tqdm.write(f"step {self.done}: {error.filename or self.out}: "
+            tqdm.write(f"step {step}: {error.filename or self.out}: "
                        f"{error.strerror or error}; the run goes on and will try again")
             return False
 
@@ -508,9 +520,19 @@ class Run:
         self.total.zero_()
         self.clock, self.logged = time.perf_counter(), self.done
 
+    def is_time_to_save(self):
+        """By the first rank's clock, and never while the last save is being written."""
+        return self.ranks.is_first and (self.writing is None or self.writing.done()) \
+            and time.monotonic() - self.save_clock >= 60 * self.config.save_minutes
+
+    def last_save_is_written(self):
+        """Wait for it -> whether it is on the disk, or none was begun."""
+        return self.writing is None or self.writing.result()
+
     def save(self):
-        """model.pt and a checkpoint; of older checkpoints one stays."""
+        """model.pt and a checkpoint, copied here and written by a thread while training goes on."""
         ranks, first = self.ranks, self.ranks.is_first
+        self.last_save_is_written()             # one at a time: its copies are used again
         moments = [part for state in self.optimizer.state.values() for part in state.values()]
         sound = all_finite([*self.model.parameters(), *self.ema.parameters(), *moments])
         if ranks.any(not sound)[0]:
@@ -520,18 +542,25 @@ class Run:
                  code=1)
         content = dict(format=FORMAT, config=vars(self.config), network=self.settings,
                        classes=self.dataset.classes, step=self.done,
-                       ema=gather_full(self.ema.state_dict(), first))
-        rest = dict(model=gather_full(self.model.state_dict(), first),
-                    optimizer=gather_full(self.optimizer.state_dict(), first),
-                    pictures=len(self.dataset.names), names=self.names_code(), seconds=self.seconds,
-                    skipped=int(self.skipped), at_a_time=self.share // self.num_parts)
-        saved = self.attempt(lambda: self.write_checkpoint(content, rest)) if first else None
-        self.saved = ranks.from_first(saved)
+                       ema=gather_full(self.ema.state_dict(), first),
+                       model=gather_full(self.model.state_dict(), first),
+                       optimizer=gather_full(self.optimizer.state_dict(), first),
+                       pictures=len(self.dataset.names), names=self.names_code(),
+                       seconds=self.seconds, skipped=int(self.skipped),
+                       at_a_time=self.share // self.num_parts)
+        self.saved_at, self.save_clock = self.done, time.monotonic()
+        if first:
+            if not self.config.shard:           # shards that were put together are copies
+                content = self.copies = host_copy(content, self.copies)
+            self.writing = self.writer.submit(self.attempt, partial(self.write_checkpoint, content))
 
-    def write_checkpoint(self, content, rest):
+    def write_checkpoint(self, content):
+        """Of older checkpoints one stays."""
+        model = {key: content[key] for key in KEYS}
         # model.pt first: a run whose last checkpoint exists is complete.
-        write(self.out / "model.pt", lambda file: torch.save(content, file))
-        write(self.out / f"ckpt-{self.done:08d}.pt", lambda file: torch.save(content | rest, file))
+        write(self.out / "model.pt", lambda file: torch.save(model, file))
+        name = f"ckpt-{content['step']:08d}.pt"
+        write(self.out / name, lambda file: torch.save(content, file))
         for old in sorted(self.out.glob(CHECKPOINTS))[:-2]:
             old.unlink()
 
@@ -539,7 +568,10 @@ class Run:
 
     def report_due(self):
         often, last = self.config.sample_every, self.config.steps
-        return self.done and often and (self.done % often == 0 or self.done in (FIRST_REPORT, last))
+        if not self.done or often == 0:
+            return False
+        return self.done in (FIRST_REPORT, last) or (
+            self.done % often == 0 if often else self.done == self.saved_at)
 
     @torch.no_grad()
     def report(self):

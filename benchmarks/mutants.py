@@ -386,7 +386,7 @@ SURVIVAL = [  # kills, signals, full disks, damage, lost ranks, compilers
      "sigterm_and_ctrl_c"),
     ("run.py", "self.missed_report = self.report_due() and", "self.missed_report = False and",
      "sigterm_does_not"),
-    ("run.py", "NOT_FINITE_AT_MOST, self.too_many_broken())", "NOT_FINITE_AT_MOST, False)",
+    ("run.py", "NOT_FINITE_AT_MOST, self.too_many_broken(),", "NOT_FINITE_AT_MOST, False,",
      "more_than_half"),
     ("run.py", "            self.new_broken |= skipped\n", "", "more_than_half"),
     ("run.py", "2 * (len(self.broken) + len(new)) > pictures",
@@ -430,7 +430,8 @@ SURVIVAL = [  # kills, signals, full disks, damage, lost ranks, compilers
     ("ranks.py", "sorted(gone or silent)", "sorted(silent)", "only_the_lost"),
     ("run.py", "        except OSError as error:\n            tqdm.write",
      "        except ZeroDivisionError as error:\n            tqdm.write", "full_disk_leaves"),
-    ("run.py", "        if not self.saved:\n", "        if False:\n", "full_disk_leaves"),
+    ("run.py", "if not self.ranks.from_first(self.last_save_is_written()):", "if False:",
+     "full_disk_leaves"),
     ("run.py", 'for part in self.out.glob(pattern + ".part"):', "for part in []:", "leaves_no"),
     ("run.py", "self.exits.callback(self.log.close)", "pass", "leaves_no"),
     ("run.py", "        trim(self.log, self.done)\n", "", "written_anew"),
@@ -478,7 +479,7 @@ SURVIVAL = [  # kills, signals, full disks, damage, lost ranks, compilers
      "            pass", "its_share_alone"),
     ("ranks.py", "[*blocks, model, *checkpointable_blocks(ema), ema]", "[*blocks, model]",
      "its_share_alone"),
-    ("run.py", "ema=gather_full(self.ema.state_dict(), first))", "ema=self.ema.state_dict())",
+    ("run.py", "ema=gather_full(self.ema.state_dict(), first),", "ema=self.ema.state_dict(),",
      "sharded_ranks_learn_what"),
     ("run.py", "optimizer=gather_full(self.optimizer.state_dict(), first),",
      "optimizer=self.optimizer.state_dict(),", "sharded_ranks_learn_what"),
@@ -715,7 +716,7 @@ ANYWHERE = [  # parts by the memory, the default model, the first report
     ("memory.py", " + 2 * config.bf16", "", "20_bytes"),
     ("memory.py", "(BF16 if config.bf16 else 1) * ", "", "20_bytes"),
     ("memory.py", "(COMPILED if whole else 1)", "(COMPILED if config.compile else 1)", "20_bytes"),
-    ("memory.py", "(world if config.shard else 1)", "world", "20_bytes"),
+    ("memory.py", "per_weight /= world if config.shard else 1", "per_weight /= world", "20_bytes"),
     ("memory.py", "4 * (world > 1 and not config.shard)", "0", "20_bytes"),
     ("memory.py", "room.append(most - used + sum(reclaimable))", "room.append(most - used)",
      "control_groups"),
@@ -753,8 +754,8 @@ ANYWHERE = [  # parts by the memory, the default model, the first report
     ("ranks.py", "cuda and mean_side(res) > 64", "cuda and mean_side(res) >= 64",
      "laptop_without_cuda"),
     ("run.py", "or self.done == 1 or last:", "or last:", "log_begins"),
-    ("run.py", "self.done in (FIRST_REPORT, last))", "self.done == last)", "log_begins"),
-    ("run.py", "or self.done == FIRST_REPORT or last:", "or last:", "log_begins"),
+    ("run.py", "self.done in (FIRST_REPORT, last) or", "self.done == last or", "log_begins"),
+    ("run.py", "or self.done == FIRST_REPORT", "", "log_begins"),
 ]
 
 HOUSE = [     # conditions, the command line, ranks, a run and its files, older files, --init
@@ -1038,9 +1039,31 @@ PHOTOGRAPHS = [
      "computed_once"),
 ]
 
+SCALE = [
+    ("run.py", "content = self.copies = host_copy(content, self.copies)", "pass",
+     "weights_of_its_step"),
+    ("run.py", "        self.last_save_is_written()             # one at a time: its copies are used "
+     "again\n", "", "one_checkpoint_at_a_time"),
+    ("run.py", "self.writing is None or self.writing.result()", "True", "not_of_the_disk"),
+    ("run.py", "(self.writing is None or self.writing.done())", "True", "due_by_the_clock"),
+    ("run.py", "60 * self.config.save_minutes", "600 * self.config.save_minutes",
+     "due_by_the_clock"),
+    ("run.py", "if last or is_time or", "if last or", "due_by_the_clock"),
+    ("run.py", "self.done % often == 0 if often else self.done == self.saved_at",
+     "often and self.done % often == 0", "comes_with_each"),
+    ("config.py", "config.save_every = config.save_every or 250", "pass", "every_250"),
+    ("config.py", "250 if config.sample_every is None else", "250 if not config.sample_every else", "every_250"),
+    ("checkpoint.py", "if before is None or before.shape != tree.shape:", "if before is None:",
+     "a_host_copy"),
+    ("checkpoint.py", "copy(part, before.get(name))", "copy(part, None)", "a_host_copy"),
+    ("memory.py", "per_weight += 16 / world", "per_weight += 16", "20_bytes"),
+    ("memory.py", 'if device_type != "cuda":', "if True:", "20_bytes"),
+]
+
 
 LISTS = dict(formulas=FORMULAS, trainer=TRAINER, survival=SURVIVAL, words=WORDS, findings=FINDINGS,
-             anywhere=ANYWHERE, house=HOUSE, laptop=LAPTOP, photographs=PHOTOGRAPHS)
+             anywhere=ANYWHERE, house=HOUSE, laptop=LAPTOP, photographs=PHOTOGRAPHS,
+             scale=SCALE)
 
 
 def copy_of_the_repository(folder):
