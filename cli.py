@@ -24,7 +24,7 @@ def fail(message, code=2, every_rank=False):
     every_rank: print it on each rank, since it may concern this one alone; else once a node.
     """
     if every_rank or os.environ.get("LOCAL_RANK", "0") == "0":
-        print(" ".join(str(message).splitlines()), file=sys.stderr, flush=True)
+        print(" ".join(str(message).splitlines()) + "\n", end="", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 

@@ -23,6 +23,8 @@ class Config:
     res: str = flag("64", "size in pixels, 64 or 384x640 (height x width)")
     portrait: bool = flag(False, "turn upright pictures by 90 degrees and tell the network")
     flip: bool = flag(True, "mirror half of the pictures (default: yes)")
+    follow_links: bool = option(False, "follow links that lead out of the folder of pictures",
+                                may_change=True)
     text: str = flag("", "learn captions: bytes, or t5:NAME (default: learn classes)")
     text_length: int = option(128, "tokens of a caption", least=1, most=4096)
     # Network
@@ -83,9 +85,9 @@ class Config:
     log_every: int = flag(20, "steps between lines of log.jsonl", least=1, may_change=True)
     sample_every: int | None = flag(None, "steps between grids of samples; 0: none (default: 250, "
                                     "or with each checkpoint)", least=0, may_change=True)
-    save_every: int | None = flag(None, "steps between checkpoints, besides --save-minutes "
-                                  "(default: 250 up to mini)", least=1, may_change=True)
-    save_minutes: float = flag(15.0, "minutes between checkpoints", least=.01, most=1e6,
+    save_every: int | None = flag(None, "steps between checkpoints (default: 250 up to mini, "
+                                  "else by time)", least=1, may_change=True)
+    save_minutes: float = flag(15.0, "minutes between checkpoints at most", least=.01, most=1e6,
                                may_change=True)
 
     def network_settings(self, classes):

@@ -14,29 +14,56 @@ import stat
 import warnings
 import zipfile
 from collections import ChainMap
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
 from flowers import Flowers
+from listing import OpenZip, list_pictures, list_together, printable, reason
 from schedule import height_width
 from text import tokenizer
 from uvit import Condition
 
-ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]  # by content; no PostScript
-CACHE_BYTES = 1 << 28                       # decoded pictures kept in memory, per process
+CACHE_BYTES = 1 << 28                       # decoded pictures kept in memory, by all processes
 MAX_PIXELS, MAX_BYTES = 1 << 26, 1 << 27    # of one picture, of one file: else memory has no bound
+CAPTION_BYTES = 1 << 16                     # of a caption file: what comes after them is not read
 
 
-def load_dataset(config):
-    """Config -> its dataset. Raises ValueError, in one line, if it cannot be read."""
+def load_dataset(config, ranks):
+    """Config -> its dataset, on all ranks. Raises ValueError, in one line, if it cannot be read."""
     tokens = tokenizer(config.text, config.text_length) if config.text else None
     if not config.data:
         return Flowers(config.res, config.seed, tokens, config.portrait)
-    return Pictures(config.data, config.res, config.seed, config.flip, tokens, config.portrait)
+
+    def pictures(listing):
+        return Pictures(config.data, config.res, config.seed, config.flip, tokens, config.portrait,
+                        listing)
+
+    def check(listing):
+        dataset, count = pictures(listing), len(listing.names)
+        if count < config.batch:
+            raise ValueError(f"--data {config.data}: {count} pictures are fewer than --batch "
+                             f"{config.batch}; add pictures or lower --batch")
+        _, _, broken = collate([dataset[n] for n in range(16)])
+        if 2 * len(broken) > count:
+            raise ValueError(too_many_broken(config.data, broken, count))
+
+    return pictures(list_together(config.data, config.follow_links, config.out, ranks, check))
+
+
+def too_many_broken(path, broken, count):
+    """The line that ends a run; broken: {name: why}."""
+    name, why = next(iter(broken.items()))
+    return f"--data {path}: more than half cannot be read, {len(broken)} of {count} so far; " \
+        f"{printable(name)}: {why}"
+
+
+def processes():
+    """How many processes of this machine load pictures, and share the memory for the cache."""
+    loaders = torch.utils.data.get_worker_info()
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * (loaders.num_workers if loaders else 1)
 
 
 def collate(items):
@@ -117,18 +144,8 @@ def cover(image, width, height):
     return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
-def printable(text):
-    """One line for a terminal, whatever a file is named: é stays, line breaks become \\n."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
-                   for c in text)
-
-
-def reason(error):
-    return f"{type(error).__name__}: {printable(str(error))}"[:200]
-
-
 class Pictures:
-    """A folder (walked recursively, links followed) or zip; first-level folders are the classes.
+    """The pictures of a Listing, or of a folder or zip that is listed first.
 
     An epoch is a permutation of all files by (seed, epoch). A file that cannot be read is skipped,
     the next one of the epoch taking its place, and noted in `broken`, {name: why}. Once these are
@@ -138,76 +155,31 @@ class Pictures:
     Raises ValueError if there is nothing to read.
     """
 
-    def __init__(self, path, res, seed=0, flip=True, tokens=None, portrait=False):
+    def __init__(self, path, res, seed=0, flip=True, tokens=None, portrait=False, listing=None):
         self.path, self.res, self.seed, self.flip = str(path), res, seed, flip
         self.tokens, self.portrait = tokens, portrait
+        self.listing = listing or list_pictures(self.path)
         self.cache, self.cached, self.zip, self.order = {}, 0, None, (None, None)
-        self.broken, self.unread = {}, {}   # files, folders: {name: why}
-        self.texts = {}                     # captions: {name of a picture, no ending: file}
-        self.is_folder = os.path.isdir(self.path)
-        try:
-            self.names = sorted(self.folder_names() if self.is_folder else self.zip_names())
-        except FileNotFoundError:
-            raise ValueError(f"--data {self.path}: no such folder or .zip")
-        except Exception as error:          # whatever a damaged zip, or one that is none, brings up
-            raise ValueError(f"--data {self.path}: neither a folder nor a .zip that can be read "
-                             f"({printable(str(error))})")
-        if not self.names:
-            why = "; ".join(self.unread.values()) or " ".join(sorted(ENDINGS))
-            raise ValueError(f"--data {self.path}: no picture there ({why})")
-        folders = [[part for part in name.split("/")[:-1] if part not in ("", ".", "..")]
-                   for name in self.names]
-        # A zip of one folder is that folder: what all names begin with says nothing.
-        skip = 0 if self.is_folder else len(os.path.commonprefix(folders))
-        first = [(folder[skip:] or [None])[0] for folder in folders]
-        self.classes = [] if tokens else sorted(set(first) - {None})
-        number = {folder: i for i, folder in enumerate(self.classes)}
-        self.labels = [number.get(folder, -1) for folder in first]      # -1: no class
-        self.captioned = sum(os.path.splitext(name)[0] in self.texts for name in self.names)
+        self.broken = {}                    # {name of a file: why}
+        self.captioned = int((self.listing.text_of >= 0).sum())
         if tokens and not self.captioned:
             raise ValueError(f"--data {self.path}: no picture has a caption, a .txt beside it")
+        self.classes = [] if tokens else self.listing.classes
+        self.names, self.unread = self.listing.names, self.listing.unread
+        self.code = self.listing.code
 
     def __getstate__(self):                 # to a worker process: open files and memory stay here
         return self.__dict__ | dict(zip=None, cache={}, cached=0)
 
-    def folder_names(self):
-        seen = set()
-
-        def unread(error):
-            self.unread[os.path.relpath(error.filename, self.path)] = reason(error)
-
-        for folder, folders, files in os.walk(self.path, onerror=unread, followlinks=True):
-            real = os.path.realpath(folder)
-            if real in seen:                # a link in a circle, or a second one to the same folder
-                folders.clear()
-                continue
-            seen.add(real)
-            folders[:] = sorted(f for f in folders if not f.startswith("."))
-            for file in files:
-                name = Path(folder, file).relative_to(self.path).as_posix()
-                if Path(file).suffix.lower() in ENDINGS and not file.startswith("."):
-                    yield name
-                elif Path(file).suffix.lower() == ".txt":
-                    self.texts[os.path.splitext(name)[0]] = name
-
-    def zip_names(self):
-        if os.path.exists(self.path) and not os.path.isfile(self.path):
-            raise ValueError("not a file")
-        with zipfile.ZipFile(self.path) as archive:
-            self.texts = {os.path.splitext(name)[0]: name for name in archive.namelist()
-                          if name.lower().endswith(".txt")}
-            for name in set(archive.namelist()):
-                hidden = any(part.startswith((".", "__MACOSX")) for part in name.split("/")
-                             if part not in (".", ".."))
-                if Path(name).suffix.lower() in ENDINGS and name[-1] != "/" and not hidden:
-                    yield name
-
-    def bytes(self, name):
-        """Name -> what the file holds. Raises ValueError if it is unfit."""
-        if not self.is_folder:
+    def bytes(self, i, caption=False, most=MAX_BYTES):
+        """What file i holds, or the first `most` bytes of caption file i. Raises ValueError if it
+        is unfit.
+        """
+        name = (self.listing.texts if caption else self.names)[i]
+        if self.listing.places is not None:
             if self.zip is None or self.zip[0] != os.getpid():  # a forked worker opens its own
-                self.zip = os.getpid(), zipfile.ZipFile(self.path)
-            info = self.zip[1].getinfo(name)
+                self.zip = os.getpid(), OpenZip(self.path)
+            info = self.listing.zip_info(i + len(self.names) * caption, name)
             if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise ValueError("compressed in a way that has no bound")
             file, size = self.zip[1].open(info), info.file_size
@@ -218,24 +190,25 @@ class Pictures:
                 raise ValueError("not a file")
             file, size = open(file, "rb"), status.st_size
         with file:
-            if size > MAX_BYTES:
+            if size > most and not caption:
                 raise ValueError(f"{size} bytes are too many")
-            return file.read(size)
+            return file.read(min(size, most))
 
-    def captions(self, name):
-        """The lines of the .txt beside a picture, [] without one. Raises ValueError if unfit."""
-        beside = self.texts.get(os.path.splitext(name)[0])
+    def captions(self, i):
+        """The lines of the .txt beside picture i, [] without one. Raises ValueError if unfit."""
+        beside = self.listing.text_of[i]
         try:
-            text = self.bytes(beside).decode("utf-8-sig", "replace") if beside else ""
+            text = self.bytes(beside, True, CAPTION_BYTES) if beside >= 0 else b""
         except Exception as error:          # as a picture's: whatever the disk raises
-            raise ValueError(f"its caption {beside}: {reason(error)}")
-        return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+            raise ValueError(f"its caption {self.listing.texts[beside]}: {reason(error)}")
+        lines = text.decode("utf-8-sig", "replace").splitlines()
+        return [" ".join(line.split()) for line in lines if line.strip()]
 
-    def open(self, name):
-        """One file -> RGB picture that covers res, whether it was rotated. Raises what is wrong."""
+    def open(self, i):
+        """File i -> RGB picture that covers res, whether it was rotated. Raises what is wrong."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                     # damage that PIL can live with
-            raw = self.bytes(name)
+            raw = self.bytes(i)
             with Image.open(io.BytesIO(raw), formats=FORMATS) as image:
                 if image.info.get("progressive") and raw.count(b"\xff\xda") > 100:
                     raise ValueError("too many scans")          # each takes as long as a picture
@@ -257,24 +230,31 @@ class Pictures:
         and {} (kept in memory); or None, {name: why} if it is broken.
         """
         if i not in self.cache:
+            name = self.names[i]
             try:
-                image, rotated = self.open(self.names[i])
+                image, rotated = self.open(i)
                 pixels = np.asarray(image)
-                content = pixels, rotated, self.captions(self.names[i]) if self.tokens else []
+                content = pixels, rotated, self.captions(i) if self.tokens else []
             except Exception as error:      # whatever PIL or the disk raises: the run must go on
-                self.broken[self.names[i]] = reason(error)
-                return None, {self.names[i]: reason(error)}
-            self.broken.pop(self.names[i], None)
-            if self.cached + pixels.nbytes > CACHE_BYTES:
+                self.broken[name] = reason(error)
+                return None, {name: reason(error)}
+            self.broken.pop(name, None)
+            size = pixels.nbytes + sum(map(len, content[2]))
+            if not self.all_fit() or self.cached + size > CACHE_BYTES / processes():
                 return content, {}
-            self.cache[i], self.cached = content, self.cached + pixels.nbytes
+            self.cache[i], self.cached = content, self.cached + size
         return self.cache[i], {}
+
+    def all_fit(self):
+        """Whether all pictures fit into the cache: else few of them would be there when needed."""
+        height, width = height_width(self.res)
+        return len(self.names) * height * width * 3 <= CACHE_BYTES / processes()
 
     def __getitem__(self, n):
         epoch, place = divmod(n, len(self.names))
         if self.order[0] != epoch:
             rng = np.random.default_rng((1, self.seed, epoch))
-            self.order = epoch, rng.permutation(len(self.names))
+            self.order = epoch, rng.permutation(len(self.names)).astype(np.int32)
         rng, broken = np.random.default_rng((2, self.seed, n)), {}
         for k in range(len(self.names)):
             i = self.order[1][(place + k) % len(self.names)]
@@ -295,4 +275,5 @@ class Pictures:
         tokens = []
         if self.tokens:
             tokens = self.tokens(captions[rng.integers(len(captions))] if captions else "")
-        return x, Condition(self.labels[i], int(rotated), tokens), broken
+        label = -1 if self.tokens else int(self.listing.labels[i])
+        return x, Condition(label, int(rotated), tokens), broken

@@ -133,7 +133,7 @@ class Flowers:
     portrait: half of them stand upright and are turned by 90 degrees.
     """
 
-    names, unread = [], {}
+    names, unread, code = [], {}, 0
 
     def __init__(self, res, seed=0, tokens=None, portrait=False):
         self.res, self.seed, self.tokens, self.portrait = res, seed, tokens, portrait

@@ -14,7 +14,6 @@ import signal
 import sys
 import time
 import traceback
-import zlib
 from collections import ChainMap
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -29,7 +28,8 @@ from tqdm import tqdm
 from checkpoint import (FORMAT, KEYS, append, build_network, host_copy, lock, read, trim,
                         upgraded, write)
 from cli import IgnoreBrokenPipe, fail, written
-from data import collate, from_uint8, grid, moved, printable, to_device, to_uint8
+from data import collate, from_uint8, grid, moved, to_device, to_uint8, too_many_broken
+from listing import printable
 from loss import diffusion_loss
 from memory import BASE, RAISES, divisor, fits, out_of_memory
 from muon import state_names
@@ -151,19 +151,13 @@ class Run:
         self.exits = ExitStack()
 
     def __enter__(self):
-        config, pictures = self.config, len(self.dataset.names)
-        if config.data and pictures < config.batch:
-            fail(f"--data {config.data}: {pictures} pictures are fewer than --batch "
-                 f"{config.batch}; add pictures or lower --batch")
         x, cond, self.new_broken = collate([self.dataset[n] for n in range(16)])
         self.report_pictures = from_uint8(x), cond
-        if self.too_many_broken():
-            self.fail_for_pictures()
         with ExitStack() as self.exits:
             newest, reports = self.open_folder()
             self.writer = self.exits.enter_context(ThreadPoolExecutor(1))
             resumed_parts = self.restore(newest) if newest else 0
-            if resumed_parts and not config.accum:
+            if resumed_parts and not self.config.accum:
                 self.num_parts, self.why = resumed_parts, "as it began"
             if self.ranks.is_first:
                 self.remove_leftovers()
@@ -242,7 +236,7 @@ class Run:
             fail(f"{self.out} was started with {saved.get('pictures')} pictures in "
                  f"{len(saved['classes'])} classes, now {pictures} in {len(classes)}: put them "
                  "back, or give a new --out")
-        names = self.names_code()
+        names = self.dataset.code
         if saved["classes"] != classes or saved.get("names", names) != names:
             fail(f"{self.out} was started with pictures or classes of other names: put them back, "
                  "or give a new --out")
@@ -468,10 +462,8 @@ class Run:
         return 2 * (len(self.broken) + len(new)) > pictures > 0
 
     def fail_for_pictures(self):
-        broken = self.broken | self.new_broken
-        name, why = next(iter(broken.items()))
-        fail(f"--data {self.config.data}: more than half cannot be read, {len(broken)} of "
-             f"{len(self.dataset.names)} so far; {printable(name)}: {why}")
+        fail(too_many_broken(self.config.data, self.broken | self.new_broken,
+                             len(self.dataset.names)))
 
     def name_broken(self):
         """Each skipped file once a run, whichever rank met it first."""
@@ -483,11 +475,6 @@ class Run:
                 self.named.add(printable(name))
 
     # -- log and checkpoints
-
-    def names_code(self):
-        """A number that other names of pictures would change, whatever their folders."""
-        names = "\n".join(name.rpartition("/")[2] for name in self.dataset.names)
-        return zlib.crc32(names.encode("utf-8", "surrogatepass"))
 
     def attempt(self, write_files):
         """Call it -> whether it raised no OSError: a full disk costs these files, not the run."""
@@ -545,7 +532,7 @@ class Run:
                        ema=gather_full(self.ema.state_dict(), first),
                        model=gather_full(self.model.state_dict(), first),
                        optimizer=gather_full(self.optimizer.state_dict(), first),
-                       pictures=len(self.dataset.names), names=self.names_code(),
+                       pictures=len(self.dataset.names), names=self.dataset.code,
                        seconds=self.seconds, skipped=int(self.skipped),
                        at_a_time=self.share // self.num_parts)
         self.saved_at, self.save_clock = self.done, time.monotonic()

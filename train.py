@@ -70,7 +70,7 @@ def prepare(config, ranks, loss_fn):
     parts: (number of parts a batch is computed in, by gradient accumulation; why so many).
     """
     try:
-        dataset = load_dataset(config)
+        dataset = load_dataset(config, ranks)
         classes = len(dataset.classes)
         # The fewest parts that fit the memory of every rank, by an estimate of what a picture and
         # its loss keep for the backward pass.

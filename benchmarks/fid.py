@@ -41,7 +41,6 @@ photographs are kept in runs/photos-64.pt. Memory grows with the square of the n
 import argparse
 import contextlib
 import hashlib
-import os
 import re
 import sys
 import zipfile
@@ -123,9 +122,9 @@ def photographs(path, res):
     if not Path(path).exists():
         fail(f"{path}: not there; `fid.py split` makes it")
     dataset, found = Pictures(path, res), []
-    for name, label in zip(dataset.names, dataset.labels):
+    for i, (name, label) in enumerate(zip(dataset.names, dataset.listing.labels.tolist())):
         try:
-            image, _ = dataset.open(name)
+            image, _ = dataset.open(i)
             found.append((torch.from_numpy(np.array(image)).permute(2, 0, 1), name, label))
         except Exception as error:      # whatever a broken file brings up
             print(f"left out {name}: {error}", file=sys.stderr)
@@ -243,15 +242,18 @@ def halves(names, labels, most):
 # ---------------------------------------------------------------------------- the commands
 
 def split(args):
-    dataset = Pictures(args.photographs, 16)
+    dataset, count = Pictures(args.photographs, 16), 0
+    texts = dataset.listing.texts
     for part in ("train", "held"):
-        names, count = [n for n in dataset.names if is_held_out(n) == (part == "held")], 0
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(f"{args.out}-{part}.zip", "w") as copy:
-            for name in names:
-                caption = dataset.texts.get(os.path.splitext(name)[0])
+            for i, name in enumerate(dataset.names):
+                if is_held_out(name) != (part == "held"):
+                    continue
+                text = dataset.listing.text_of[i]
                 try:
-                    contents = [(n, dataset.bytes(n)) for n in (name, caption) if n]
+                    contents = [(name, dataset.bytes(i))]
+                    contents += [(texts[text], dataset.bytes(text, True))] if text >= 0 else []
                 except Exception as error:      # whatever the disk or a damaged zip brings up
                     print(f"left out {name}: {error}", file=sys.stderr)
                     continue
@@ -259,6 +261,7 @@ def split(args):
                 for content in contents:
                     copy.writestr(*content)
         print(f"{args.out}-{part}.zip: {count} pictures")
+        count = 0
 
 
 def row(name, found, reference, near=(), limits=()):

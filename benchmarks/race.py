@@ -50,6 +50,7 @@ from data import Pictures, collate, from_uint8, grid, to_uint8
 from fid import is_held_out
 from figures import COLOURS, plot, save
 from flowers import Flowers
+from listing import list_pictures
 from muon import Muon
 from noise import draw_noise, picture_noise
 from sample import sample
@@ -199,12 +200,10 @@ def pictures(source, seed, held_out=False):
     """A dataset of data.py, for training or held out."""
     if source == "flowers":
         return Flowers(RES, seed + OTHERS * held_out)
-    dataset = Pictures(source, RES, seed, flip=not held_out)
-    kept = [i for i, name in enumerate(dataset.names) if is_held_out(name) == held_out]
+    listing = list_pictures(source)
+    kept = [i for i, name in enumerate(listing.names) if is_held_out(name) == held_out]
     assert kept, f"{source}: no picture {'held out' if held_out else 'left to train on'}"
-    dataset.names = [dataset.names[i] for i in kept]
-    dataset.labels = [dataset.labels[i] for i in kept]
-    return dataset
+    return Pictures(source, RES, seed, flip=not held_out, listing=listing.only(kept))
 
 
 def unit(dataset, numbers):

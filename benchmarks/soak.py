@@ -564,17 +564,17 @@ READER = """
 import resource, sys, time
 sys.path.insert(0, {here!r})
 sys.stdout.reconfigure(errors="backslashreplace")
-import data
+import data, listing
 data.CACHE_BYTES = 0
 dataset = data.Pictures({folder!r}, 64)
 slowest = (0, "")
 for i, name in enumerate(dataset.names):
     begin = time.time()
     dataset.picture(i)
-    slowest = max(slowest, (time.time() - begin, data.printable(name)))
+    slowest = max(slowest, (time.time() - begin, listing.printable(name)))
 for name in sorted(dataset.broken):
     if "special" in name:
-        print("   ", data.printable(name), "|", dataset.broken[name])
+        print("   ", listing.printable(name), "|", dataset.broken[name])
 kinds = {{}}
 for why in dataset.broken.values():
     kinds[why.split(":")[0]] = kinds.get(why.split(":")[0], 0) + 1

@@ -30,11 +30,11 @@ def test_no_photograph_that_is_scored_against_is_trained_on(tmp_path, monkeypatc
     assert .08 < sum(held_out) / 4000 < .12
     monkeypatch.setattr(race, "is_held_out", lambda name: name.endswith(("1.png", "6.png")))
     train, new = (race.pictures(str(tmp_path / "set"), 0, held_out) for held_out in (False, True))
-    assert sorted(train.names + new.names) == everything.names
+    assert sorted([*train.names, *new.names]) == list(everything.names)
     assert all(map(race.is_held_out, new.names)) and not any(map(race.is_held_out, train.names))
     for dataset in (train, new):
-        label = dict(zip(everything.names, everything.labels))
-        assert dataset.labels == [label[name] for name in dataset.names]
+        label = dict(zip(everything.names, everything.listing.labels))
+        assert dataset.listing.labels.tolist() == [label[name] for name in dataset.names]
     assert not torch.equal(race.pictures("flowers", 0)[0][0],
                            race.pictures("flowers", 0, held_out=True)[0][0])
 
