@@ -125,11 +125,17 @@ def read(path):
 # ---------------------------------------------------------------------------- networks
 
 def build_network(architecture="uvit", skips="block", text="", text_length=0, text_width=0,
-                  **shape):
-    """The network of a checkpoint's `network`. shape: arguments of UViT, or of UNet."""
+                  download=True, **shape):
+    """The network of a checkpoint's `network`. shape: arguments of UViT, or of UNet.
+
+    download: whether a T5 may come from the network. Raises ValueError if it cannot be read, or
+    if there are so many blocks that a damaged file must have asked for them.
+    """
+    if max(shape.get("depth", 0), shape.get("blocks_16", 0), *shape.get("blocks", (0,))) > 1000:
+        raise ValueError("more than 1,000 blocks")
     if architecture == "unet":
         return UNet(**shape)
-    encoder = text_encoder(text, text_length, text_width)
+    encoder = text_encoder(text, text_length, text_width, download)
     return (ResidualUViT if skips == "level" else UViT)(**shape, text=encoder)
 
 
@@ -139,7 +145,7 @@ def load_model(path, device):
     config = saved["config"]
     try:
         with torch.device("meta"):          # takes no memory, however large the file says it is
-            model = build_network(**saved["network"])
+            model = build_network(**saved["network"], download=False)
         model.load_state_dict(saved["ema"], assign=True)
         schedule = logsnr_schedule(config["schedule"], config["res"], config["noise_d"])
         assert schedule(torch.rand(2)).isfinite().all()

@@ -126,7 +126,8 @@ def settings_of_started_run(out):
         saved = torch.load(newest, mmap=True, map_location="meta", weights_only=True)
         saved = upgraded(saved) if saved["format"] < 3 else saved
         with torch.device("meta"):          # takes no memory, however large the file says it is
-            build_network(**saved["network"]).load_state_dict(saved["model"], assign=True)
+            network = build_network(**saved["network"], download=False)
+            network.load_state_dict(saved["model"], assign=True)
         return saved["network"]
     except Exception:                       # none, or damaged: `Run` will say so
         return None

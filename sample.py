@@ -159,7 +159,7 @@ def conditions(options, ckpt, config, classes):
     portrait, label = int(options.portrait), options.label
     if config["text"]:
         try:
-            tokenize = tokenizer(config["text"], config["text_length"])
+            tokenize = tokenizer(config["text"], config["text_length"], download=False)
         except ValueError as error:
             fail(f"--ckpt {ckpt}: {error}")
         return [Condition(-1, portrait, tokenize(prompt)) for prompt in options.prompt or [""]]

@@ -92,13 +92,13 @@ class T5Encoder:
 
     cross_attention = CrossAttentionBlock
 
-    def __init__(self, name, length):
+    def __init__(self, name, length, download=True):
         self.length, self.last_tokens, self.last_output = length, None, None
-        config = t5(name, "AutoConfig")
+        config = t5(name, "AutoConfig", download)
         if config.model_type != "t5":
             raise ValueError(f"t5:{name}: is no T5 but a {config.model_type}")
         with torch.device("cpu"):           # also where the network around it is made on "meta"
-            self.encoder = t5(name, "T5EncoderModel").eval().requires_grad_(False)
+            self.encoder = t5(name, "T5EncoderModel", download).eval().requires_grad_(False)
         self.width, self.device = config.d_model, torch.device("cpu")
         self.encode = torch.compiler.disable(self.encode)
 
@@ -127,15 +127,21 @@ class T5Encoder:
 
 
 @cache
-def t5(name, kind):
-    """The object `kind` of transformers for the model called `name`. Raises ValueError."""
+def t5(name, kind, download):
+    """The object `kind` of transformers for the model called `name`. Raises ValueError.
+
+    download: whether it may come from the network; not for a name that was read from a file.
+    """
     try:
         import transformers
-        return getattr(transformers, kind).from_pretrained(name)
+        return getattr(transformers, kind).from_pretrained(name, local_files_only=not download)
     except ImportError as error:
         raise ValueError(f"t5:{name}: needs the package transformers ({error})")
     except Exception as error:              # a damaged folder raises any of many exceptions
         why = (str(error).splitlines() or [type(error).__name__])[0]
+        if not download:
+            why = f"it is not on this machine, or damaged; if you trust it, `hf download {name}` " \
+                "brings it here"
         raise ValueError(f"t5:{name}: cannot be read ({why})")
 
 
@@ -144,15 +150,15 @@ def t5_tokens(caption, tokenizer, length):
     return kept + [0] * (length - len(kept))
 
 
-def tokenizer(kind, length):
+def tokenizer(kind, length, download=True):
     """ "bytes" or "t5:NAME" -> function: caption -> list of `length` numbers. Raises ValueError."""
     if kind == "bytes":
         return partial(byte_tokens, length=length)
-    return partial(t5_tokens, tokenizer=t5(kind[3:], "AutoTokenizer"), length=length)
+    return partial(t5_tokens, tokenizer=t5(kind[3:], "AutoTokenizer", download), length=length)
 
 
-def text_encoder(kind, length, width):
+def text_encoder(kind, length, width, download=True):
     """ "bytes" or "t5:NAME" -> its encoder, None for "". width: of the byte encoder."""
     if not kind:
         return None
-    return ByteEncoder(length, width) if kind == "bytes" else T5Encoder(kind[3:], length)
+    return ByteEncoder(length, width) if kind == "bytes" else T5Encoder(kind[3:], length, download)

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 
 import numpy as np
@@ -185,6 +186,17 @@ def test_settings_that_are_not_those_of_the_network_are_refused(
     error = one_line(capsys, sampling.main, ["--ckpt", tmp_path / "model.pt", "--n", "1",
                                              "--steps", "1", "--out", tmp_path / "no"])
     assert "its weights are not those of the network it describes" in error
+
+
+@pytest.mark.parametrize("name, value", [("depth", 10**9), ("blocks", (10**9,) * 3)])
+def test_a_file_that_asks_for_endless_blocks_is_refused_at_once(
+        tmp_path, trained_run, capsys, name, value):
+    saved, start = checkpoint.read(trained_run / "model.pt"), time.time()
+    saved["network"][name] = value
+    torch.save(saved, tmp_path / "model.pt")
+    error = one_line(capsys, sampling.main, ["--ckpt", tmp_path / "model.pt", "--n", "1"])
+    assert "its weights are not those of the network it describes" in error
+    assert time.time() - start < 60
 
 
 def test_classes_that_are_not_those_of_the_network_are_refused(tmp_path, trained_run, capsys):

@@ -15,6 +15,7 @@ import checkpoint
 import data
 import flowers
 import loss as losses
+import run
 import sample as sampling
 import schedule
 import text
@@ -206,6 +207,34 @@ def test_run_with_t5_keeps_it_out_of_the_checkpoint_resumes_and_draws(
     torch.save(gone, tmp_path / "gone.pt")
     error = one_line(capsys, sampling.main, ["--ckpt", tmp_path / "gone.pt", "--prompt", "a"])
     assert "gone: cannot be read" in error
+
+
+def test_a_file_cannot_make_a_t5_be_downloaded_but_an_option_can(
+        tmp_path, tiny_t5, little, capsys, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    text.t5.cache_clear()
+    asked = []
+    for kind in ("AutoConfig", "AutoTokenizer", "T5EncoderModel"):
+        honest = getattr(transformers, kind).from_pretrained
+        monkeypatch.setattr(getattr(transformers, kind), "from_pretrained",
+                            lambda name, kind=kind, honest=honest, **options:
+                            asked.append((kind, options.get("local_files_only")))
+                            or honest(name, **options))
+    flags = ["--text", f"t5:{tiny_t5}", "--set", "text_length=12"]
+    run_train(tmp_path / "run", "--steps", "1", *flags)
+    every = {"AutoConfig", "AutoTokenizer", "T5EncoderModel"}
+    assert set(asked) - {(kind, None) for kind in every} == {(kind, False) for kind in every}
+    asked.clear()
+    sampling.main(["--ckpt", str(tmp_path / "run/model.pt"), "--prompt", "a red flower",
+                   "--steps", "1", "--out", str(tmp_path / "pictures")])
+    text.t5.cache_clear()
+    assert run.settings_of_started_run(tmp_path / "run")
+    assert set(asked) - {(kind, None) for kind in every} == {(kind, True) for kind in every}
+    other = checkpoint.read(tmp_path / "run/model.pt")
+    other["config"]["text"] = other["network"]["text"] = "t5:nobody/nothing"
+    torch.save(other, tmp_path / "other.pt")
+    error = one_line(capsys, sampling.main, ["--ckpt", tmp_path / "other.pt", "--prompt", "a"])
+    assert "t5:nobody/nothing: cannot be read" in error and "hf download nobody/nothing" in error
 
 
 def test_t5_is_imported_only_for_t5():
