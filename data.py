@@ -257,7 +257,7 @@ class Pictures:
             self.order = epoch, rng.permutation(len(self.names)).astype(np.int32)
         rng, broken = np.random.default_rng((2, self.seed, n)), {}
         for k in range(len(self.names)):
-            i = self.order[1][(place + k) % len(self.names)]
+            i = int(self.order[1][(place + k) % len(self.names)])
             content, why = self.picture(i)
             broken |= why
             if content is not None or 2 * len(self.broken) > len(self.names):

@@ -478,21 +478,29 @@ def ranks(rounds=3):
 
 
 def memory():
-    """Weights, gradient, two moments and EMA in float32: 20 bytes a weight."""
-    say("\n### Memory of `paper` at 512 on each GPU, computed\n")
-    with torch.device("meta"):
-        model = UViT(512, **PRESETS["paper"]["network"], classes=1000)
-    weights = sum(p.numel() for p in model.parameters())
-    blocks = [sum(p.numel() for p in block.parameters()) for block in checkpointable_blocks(model)]
-    largest, rest = max(blocks), weights - sum(blocks)
-    say("Float32 weights, gradient, optimizer and EMA; no activations, no copies.\n"
-        f"{weights / 1e6:,.0f} M weights; the largest block has {largest / 1e6:.1f} M, parts "
-        f"outside of blocks {rest / 1e6:.1f} M.\n\n| GPUs | DDP, GB | `--shard`, GB |\n|-|-|-|")
-    for gpus in (1, 8, 64):
-        # A rank's share of everything; parts outside of blocks, and two blocks (the next one is on
-        # its way) as a whole.
-        shared = 20 * weights / gpus + 4 * (rest + 2 * largest) * (gpus > 1)
-        say(f"| {gpus} | {20 * weights / 1e9:.1f} | {shared / 1e9:.1f} |")
+    """Weights, gradient, two moments and EMA in float32: 20 bytes a weight. What ranks send: a ring
+    passes each float on (n - 1) / n times to add it up, and as often to hand it out.
+    """
+    say("\n### Memory and traffic of each GPU at 512, computed\n")
+    say("Float32 weights, gradient, optimizer and EMA; no activations, no copies. Sent by each GPU "
+        "in a step, with a batch in one part: the gradient added up and handed out (DDP); or the "
+        "weights handed out twice and the gradient added up (`--shard`, again in each part).\n\n"
+        "| | GPUs | memory, GB: DDP | `--shard` | sent, GB a step: DDP | `--shard` |\n"
+        "|-|-|-|-|-|-|")
+    for name in ("base", "paper"):
+        with torch.device("meta"):
+            model = UViT(512, **PRESETS[name]["network"], classes=1000)
+        weights = sum(p.numel() for p in model.parameters())
+        blocks = [sum(p.numel() for p in block.parameters())
+                  for block in checkpointable_blocks(model)]
+        largest, rest = max(blocks), weights - sum(blocks)
+        for gpus in (1, 8, 64, 512):
+            # A rank's share of everything; parts outside of blocks, and two blocks (the next one is
+            # on its way) as a whole.
+            shared = 20 * weights / gpus + 4 * (rest + 2 * largest) * (gpus > 1)
+            around = 4 * weights * (gpus - 1) / gpus
+            say(f"| `{name}`, {weights / 1e6:,.0f} M | {gpus} | {20 * weights / 1e9:.1f} | "
+                f"{shared / 1e9:.1f} | {2 * around / 1e9:.1f} | {3 * around / 1e9:.1f} |")
 
 
 def gpu(batch=16):

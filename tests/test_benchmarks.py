@@ -6,6 +6,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import ablations
 import arguments
@@ -13,6 +14,7 @@ import mutants
 import numpy as np
 import pytest
 import samplers
+import scale
 import score
 import torch
 import torch.nn.functional as F
@@ -706,3 +708,30 @@ def test_each_mutant_is_of_code_that_still_stands():
 def test_number_of_mutants_is_what_the_readme_says():
     count = sum(map(len, mutants.LISTS.values()))
     assert f"- {count} errors, planted" in " ".join((HERE / "README.md").read_text().split())
+
+
+# ---------------------------------------------------------------------------- scale.py
+
+def test_simulated_ranks_agree_and_one_that_does_not_is_found(capsys, monkeypatch):
+    class InTurn:                               # in this process, so that it can be disturbed
+        def __init__(self, *args, **options):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def starmap(self, function, work, chunk):
+            return [function(*args) for args in work]
+    monkeypatch.setattr(scale.multiprocessing, "get_context", lambda kind: SimpleNamespace(
+        Pool=InTurn))
+    scale.main(["--pictures", "700", "--ranks", "4"])
+    assert "4 ranks: the same two permutations" in capsys.readouterr().out
+    honest = scale.draw_noise
+    monkeypatch.setattr(scale, "draw_noise", lambda seed, numbers, *more: honest(
+        seed + (512 < numbers[0] <= 640), numbers, *more))
+    with pytest.raises(SystemExit) as stop:
+        scale.main(["--pictures", "700", "--ranks", "4"])
+    assert re.match(r"picture 5\d\d is \('n0.*JPEG', '.*'\), by one rank \('n0", stop.value.code)
