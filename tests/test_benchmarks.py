@@ -735,3 +735,20 @@ def test_simulated_ranks_agree_and_one_that_does_not_is_found(capsys, monkeypatc
     with pytest.raises(SystemExit) as stop:
         scale.main(["--pictures", "700", "--ranks", "4"])
     assert re.match(r"picture 5\d\d is \('n0.*JPEG', '.*'\), by one rank \('n0", stop.value.code)
+
+
+# ---------------------------------------------------------------------------- gpu.py
+
+def test_parts_of_gpu_py_run_in_turn_until_the_time_is_up(tmp_path):
+    def gpu(*arguments, code=0):
+        return run_script(*PYTHON, "benchmarks/gpu.py", "--out", tmp_path / "gpu.md", *arguments,
+                          code=code)
+    said = gpu("noise", "load")
+    assert (tmp_path / "gpu.md").read_text() in said
+    assert re.search(r"\| 4 of 64 x 64, at once \| [\d.]+ \| [\d.]+ \| [\d.]+ \(", said)
+    assert "from the CPU's noise: 0.0e+00" in said and re.search(r"\| 64 \| 1 \| \d+ \|", said)
+    assert said.index("(noise: ") < said.index("### Loading") < said.index("(load: ")
+    assert "exit code" not in said
+    said = gpu("load", "noise", "--minutes", ".02")             # a second: killed, and none left
+    assert "exit code -9" in said and "(no time for noise)" in said
+    assert "parts are base, command" in gpu("speed", code=2)
