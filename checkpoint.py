@@ -77,7 +77,10 @@ def host_copy(tree, before=None):
         if not isinstance(tree, torch.Tensor):
             return tree
         if before is None or before.shape != tree.shape:
-            before = torch.empty(tree.shape, dtype=tree.dtype, pin_memory=tree.is_cuda)
+            try:
+                before = torch.empty(tree.shape, dtype=tree.dtype, pin_memory=tree.is_cuda)
+            except RuntimeError:            # no more memory may be pinned
+                before = torch.empty(tree.shape, dtype=tree.dtype)
         return before.copy_(tree, non_blocking=tree.is_cuda)
 
     copied = copy(tree, before)

@@ -83,8 +83,8 @@ class Config:
     # Folder and reports
     out: str = flag("", "folder of the run (default: runs/DATA-RES-MODEL)", may_change=True)
     log_every: int = flag(20, "steps between lines of log.jsonl", least=1, may_change=True)
-    sample_every: int | None = flag(None, "steps between grids of samples; 0: none (default: 250, "
-                                    "or with each checkpoint)", least=0, may_change=True)
+    sample_every: int | None = flag(None, "steps between grids of samples; 0: none (default: with "
+                                    "each checkpoint)", least=0, may_change=True)
     save_every: int | None = flag(None, "steps between checkpoints (default: 250 up to mini, "
                                   "else by time)", least=1, may_change=True)
     save_minutes: float = flag(15.0, "minutes between checkpoints at most", least=.01, most=1e6,
@@ -107,7 +107,7 @@ class Config:
             text_width=shape["emb_dim"] // 2)
 
 
-QUICK = "laptop", "tiny", "mini"            # models that save and draw every 250 steps
+QUICK = "laptop", "tiny", "mini"            # models that are saved every 250 steps
 
 
 EXAMPLES = """Train a network by simple diffusion.
@@ -144,7 +144,6 @@ def parse_config(argv=None):
             setattr(config, name, value)
     if config.model in QUICK:
         config.save_every = config.save_every or 250
-        config.sample_every = 250 if config.sample_every is None else config.sample_every
     config.optimizer, config.decay = config.optimizer or "adam", config.decay or 0.0
     if config.multiscale is None:
         config.multiscale = mean_side(config.res) >= 512 and config.loss != "sid2"

@@ -165,8 +165,10 @@ class Pictures:
         if tokens and not self.captioned:
             raise ValueError(f"--data {self.path}: no picture has a caption, a .txt beside it")
         self.classes = [] if tokens else self.listing.classes
-        self.names, self.unread = self.listing.names, self.listing.unread
-        self.code = self.listing.code
+
+    names = property(lambda self: self.listing.names)
+    unread = property(lambda self: self.listing.unread)
+    code = property(lambda self: self.listing.code)
 
     def __getstate__(self):                 # to a worker process: open files and memory stay here
         return self.__dict__ | dict(zip=None, cache={}, cached=0)
@@ -246,7 +248,7 @@ class Pictures:
         return self.cache[i], {}
 
     def all_fit(self):
-        """Whether all pictures fit into the cache: else few of them would be there when needed."""
+        """Whether all pictures fit into the cache; if not, none are kept: it would help little."""
         height, width = height_width(self.res)
         return len(self.names) * height * width * 3 <= CACHE_BYTES / processes()
 

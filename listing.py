@@ -1,9 +1,10 @@
 """Which pictures there are: a folder or zip, listed once for all processes of a run.
 
-A Listing is a few arrays, which all ranks and loaders of a machine share: one process of each
-machine fills them, in `listing.pt` in the folder of the run, and all map that file into memory. The
-million names of ImageNet take 59 MB so, and 120 MB with the places of the files in a zip.
+A Listing is a few arrays, which all ranks and loaders of a machine share: the first rank of each
+machine, number N, writes them to `listing-N.pt` in the folder of the run, and all map that file
+into memory. The million names of ImageNet take 59 MB so, and 120 MB with their places in a zip.
 """
+import contextlib
 import hashlib
 import os
 import time
@@ -20,6 +21,7 @@ import torch
 from checkpoint import write
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+VERSION = 1                                 # of the file; one of another version is written anew
 AGREED = "names", "ends", "labels", "texts", "text_ends", "text_of"     # by all machines of a run
 
 
@@ -71,13 +73,15 @@ class Listing:
         self.code, self.digest = about["code"], about["digest"]
 
     def __reduce__(self):                   # to a loader process, which maps the file again
-        return (load, (self.file,)) if self.file else (Listing, (self.arrays, self.about))
+        return (load, (self.file, self.digest)) if self.file else \
+            (Listing, (self.arrays, self.about))
 
     def zip_info(self, number, name):
         """What zipfile needs to read file `number` of a zip; captions come after all pictures."""
         info = zipfile.ZipInfo(name)
         for field, value in zip(PLACE, self.places[number].tolist()):
             setattr(info, field, value)
+        info.orig_filename = self.about.get("originals", {}).get(name, name)
         return info
 
     def only(self, kept):
@@ -86,7 +90,9 @@ class Listing:
         places = None
         if self.places is not None:
             places = np.concatenate([self.places[kept], self.places[len(self.names):]])
-        return build(lines, list(self.texts), self.classes, self.unread, places)
+        some = build(lines, list(self.texts), self.classes, self.unread, places)
+        some.about["originals"] = self.about.get("originals", {})
+        return some
 
 
 PLACE = "header_offset", "compress_type", "flag_bits", "CRC", "compress_size", "file_size"
@@ -147,31 +153,34 @@ def list_folder(path, follow_links=False):
     root = os.path.realpath(path)
 
     def leads_out(entry):
+        if follow_links or not entry.is_symlink():
+            return False
         target = os.path.realpath(entry.path)
-        return not follow_links and entry.is_symlink() and target != root \
-            and not target.startswith(root.rstrip(os.sep) + os.sep)
+        return target != root and not target.startswith(root.rstrip(os.sep) + os.sep)
 
     def is_folder(entry):
         return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
     def walk(folder, prefix, seen):
         """Yields (name, caption file) of its pictures, by name, and so on below."""
-        try:
-            with os.scandir(folder) as entries:
-                entries = [entry for entry in entries if not entry.name.startswith(".")]
-        except OSError as error:
-            unread[prefix.rstrip("/") or "."] = reason(error)
-            return
         real = os.path.realpath(folder)
         if real in seen:                    # a link in a circle, or a second one to the same folder
             return
         seen.add(real)
-        inside = [entry for entry in entries if not entry.is_symlink() or not leads_out(entry)]
-        if len(inside) < len(entries):
-            unread[prefix.rstrip("/") or "."] = f"{len(entries) - len(inside)} links out of the " \
-                "folder are not followed without --set follow_links=on"
-        # With a slash after folders this is the order of the whole names.
-        found = sorted((entry.name + "/" * is_folder(entry), entry.path) for entry in inside)
+        try:
+            with os.scandir(folder) as entries:
+                # With a slash after folders this is the order of the whole names.
+                found = [(entry.name + "/" * is_folder(entry), entry.path, leads_out(entry))
+                         for entry in entries if not entry.name.startswith(".")]
+        except OSError as error:
+            unread[prefix.rstrip("/") or "."] = reason(error)
+            return
+        lost = [name for name, _, out in found if out and (
+            name[-1] == "/" or os.path.splitext(name)[1].lower() in ENDINGS)]
+        if lost:
+            unread[prefix.rstrip("/") or "."] = f"{len(lost)} links out of the folder are not " \
+                "followed without --set follow_links=on"
+        found = sorted((name, path) for name, path, out in found if not out)
         beside = {os.path.splitext(name)[0]: name for name, _ in found
                   if name.lower().endswith(".txt")}
         for name, below in found:
@@ -234,6 +243,8 @@ def list_zip(path):
     for name in [*names, *texts]:
         numbers.extend(place(infos[name]))
     listing.places = listing.arrays["places"] = np.asarray(numbers).reshape(-1, len(PLACE))
+    listing.about["originals"] = {name: info.orig_filename for name, info in infos.items()
+                                  if info.orig_filename != name}
     return listing
 
 
@@ -254,33 +265,37 @@ def list_pictures(path, follow_links=False):
 
 # ---------------------------------------------------------------------------- once for a run
 
-def save(listing, file, path):
-    """A Listing to a file that `load` maps into memory. Raises OSError."""
+def save(listing, file, stamp=None):
+    """A Listing to a file that `load` maps into memory. stamp: see there. Raises OSError."""
     arrays = {name: torch.from_numpy(part) for name, part in listing.arrays.items()}
-    content = dict(arrays=arrays, about=listing.about, zip=stamp(path))
+    content = dict(version=VERSION, arrays=arrays, about=listing.about, zip=stamp)
     write(file, lambda out: torch.save(content, out))
 
 
-def load(file):
+def load(file, digest):
+    """A Listing from a file, mapped into memory. Raises anything if it is not the one expected."""
     content = torch.load(file, mmap=True, weights_only=True)
     arrays = {name: part.numpy() for name, part in content["arrays"].items()}
+    assert content["version"] == VERSION and content["about"]["digest"] == digest
     return Listing(arrays, content["about"], file)
 
 
-def stamp(path):
-    """Of a zip its size and time, which change if it does; of a folder nothing is as short."""
+def stamp_of(path):
+    """Of a zip its path, size and time, which change if it does; None of a folder."""
+    if os.path.isdir(path) or not os.path.exists(path):
+        return None
     status = os.stat(path)
-    return None if os.path.isdir(path) else [status.st_size, status.st_mtime_ns]
+    return [os.path.abspath(path), status.st_size, status.st_mtime_ns]
 
 
-def listed_before(file, path):
+def listed_before(file, stamp):
     """The Listing in a file, if it is whole and of this zip as it is now; else None."""
     try:
         with zipfile.ZipFile(file) as whole:
             content = torch.load(file, mmap=True, weights_only=True)
-            if content["zip"] is None or content["zip"] != stamp(path) or whole.testzip():
+            if stamp is None or content["zip"] != stamp or whole.testzip():
                 return None
-        return load(file)
+        return load(file, content["about"]["digest"])
     except Exception:                       # none there, or damaged
         return None
 
@@ -291,46 +306,58 @@ def list_together(path, follow_links, out, ranks, check=lambda listing: None):
     Raises ValueError on all ranks if one cannot read them, or has others than the first rank, or
     if check(listing) does.
     """
-    file, mine, trouble = Path(out, "listing.pt"), None, None
-    lists = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    try:
-        if lists:
-            mine = listed_before(file, path) or list_pictures(path, follow_links)
-            check(mine)
-    except ValueError as error:
-        trouble = str(error)
-    every = ranks.gather((mine and mine.digest, trouble))
-    for _, trouble in every:
-        if trouble:
-            raise ValueError(trouble)
-    if len({digest for digest, _ in every} - {None}) > 1:
-        raise ValueError(first_difference(path, mine, ranks))
-    for turn in (True, False):              # the first machine writes first: folders may be shared
-        if mine and not mine.file and ranks.is_first == turn:
-            mine = saved_or_not(mine, file, path)
-        ranks.gather(None)
-    if mine is None:                        # a rank that does not list, or a disk that is full
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    file, stamp = Path(out, f"listing-{ranks.rank - local_rank}.pt"), stamp_of(path)
+    mine = trouble = None
+
+    def list_here():
+        nonlocal mine, trouble
         try:
-            mine = load(file)
-            assert mine.digest == every[0][0]
-        except Exception:
-            mine = list_pictures(path, follow_links)
+            mine = listed_before(file, stamp) or list_pictures(path, follow_links)
+            check(mine)
+        except ValueError as error:
+            trouble = str(error)
+
+    def agree():
+        """-> the digest that all have, who have listed by now."""
+        every = ranks.gather((mine and mine.digest, trouble))
+        wrong = next((words for _, words in every if words), None)
+        if wrong:
+            raise ValueError(wrong)
+        digests = {digest for digest, _ in every} - {None}
+        if len(digests) > 1:
+            raise ValueError(first_difference(path, mine, ranks))
+        return digests.pop()
+
+    if local_rank == 0:
+        list_here()
+    digest = agree()
+    if mine and not mine.file:
+        mine = saved_or_not(mine, file, stamp)
+    ranks.gather(None)                      # now the files are there
+    if not mine:
+        try:
+            mine = load(file, digest)
+        except Exception:                   # it could not be written: each rank for itself
+            list_here()
+    agree()
     return mine
 
 
-def saved_or_not(listing, file, path):
+def saved_or_not(listing, file, stamp):
     """Save it, if that file is not the same already -> the Listing in the file; else as it was."""
     out = file.parent
     try:
-        if file.exists() and load(file).digest == listing.digest and stamp(path) is None:
-            return load(file)
-        inside = set(os.listdir(out)) if out.exists() else set()
-        ours = not inside or inside & {"log.jsonl", file.name}
-        if not ours:                        # a folder that is not of a run: `Run` will say so
+        if stamp is None and file.exists():
+            with contextlib.suppress(Exception):
+                return load(file, listing.digest)
+        inside = os.listdir(out) if out.exists() else []
+        ours = [name for name in inside if name == "log.jsonl" or name.startswith("listing-")]
+        if inside and not ours:             # a folder that is not of a run: `Run` will say so
             return listing
         out.mkdir(parents=True, exist_ok=True)
-        save(listing, file, path)
-        return load(file)
+        save(listing, file, stamp)
+        return load(file, listing.digest)
     except Exception:                       # no room, no right: then without
         return listing
 

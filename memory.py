@@ -155,8 +155,8 @@ def needed(config, classes, world, device_type, loss):
     fixed = sum(weight.nbytes for weight in frozen.parameters()) if frozen else 0
     fixed += BASE + REPORT * 12 * math.prod(height_width(config.res))
     per_weight /= world if config.shard else 1
-    if device_type != "cuda":           # in the same memory: the copy that goes to the disk, of all
-        per_weight += 16 / world        # ranks together
+    if device_type != "cuda":           # the copy that goes to the disk: by one rank of a machine
+        per_weight += 16 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return fixed + weights * per_weight, each, weights
 
 

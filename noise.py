@@ -18,7 +18,7 @@ STEP, FIRST, SECOND = (number - 2**64 for number in (0x9E3779B97F4A7C15, 0xBF584
 
 
 def seed_of(stream, *key):
-    """A well-mixed seed from whole numbers, such as (TRAINING, seed, number of a picture)."""
+    """A well-mixed seed from whole numbers, such as (SAMPLING, seed, number of a picture)."""
     mixed = np.random.SeedSequence((stream, *key)).generate_state(1, np.uint64)
     return int(mixed[0] >> np.uint64(1))
 
@@ -66,11 +66,13 @@ def draw_noise(seed, numbers, res, device):
 
     Each is a function of (seed, number of the picture): the same on any rank and in any part.
     """
-    height, width = height_width(res)
+    (height, width), kind = height_width(res), torch.device(device).type
     keys = splitmix64(torch.tensor(seed_of(TRAINING, seed)), torch.tensor(list(numbers)))
     t, u = uniform(keys, 1), uniform(keys, 2)
-    eps = normal(keys.to(device), 3 * height * width).view(-1, 3, height, width)
-    return t.to(device), eps, u.to(device)
+    # To CUDA without waiting; for an Apple GPU it is computed here, whose whole numbers are sure.
+    to = dict(device=device, non_blocking=kind == "cuda")
+    eps = normal(keys if kind == "mps" else keys.to(**to), 3 * height * width)
+    return t.to(**to), eps.to(device).view(-1, 3, height, width), u.to(**to)
 
 
 def picture_noise(seed, numbers, res, device):

@@ -244,17 +244,20 @@ def shard_like(tensors, whole):
     return {name: shard(name, tensor) for name, tensor in whole.items()}
 
 
-def gather_full(tree, keep=True):
+def gather_full(tree, keep=True, copy=False):
     """A tensor or nested dict with all shards put together; all ranks must call it.
 
-    keep=False: this rank only contributes its shards and gets None for them.
+    keep=False: this rank only contributes its shards and gets None for them. copy: all tensors are
+    copied to this machine's memory, so that further training does not change them.
     """
     if isinstance(tree, dict):
-        return {name: gather_full(part, keep) for name, part in tree.items()}
-    if not is_sharded(tree):
+        return {name: gather_full(part, keep, copy) for name, part in tree.items()}
+    if not isinstance(tree, torch.Tensor):
         return tree
-    full = tree.full_tensor()
-    return (full.cpu() if full.dim() else full) if keep else None
+    full = tree.full_tensor() if is_sharded(tree) else tree
+    if is_sharded(tree) and not keep:
+        return None
+    return full.to("cpu", copy=True) if copy else full
 
 
 def all_finite(tensors):

@@ -162,7 +162,7 @@ class Run:
                 self.num_parts, self.why = resumed_parts, "as it began"
             if self.ranks.is_first:
                 self.remove_leftovers()
-            self.saved_at = self.done
+            self.saved_at = None
             self.missed_report = self.report_due() and f"grid-{self.done:07d}.png" not in reports
             self.exits = self.exits.pop_all()
         return self
@@ -211,12 +211,11 @@ class Run:
     def remove_leftovers(self):
         """Of a killed process: log lines after the checkpoint, half-written files."""
         trim(self.log, self.done)
-        for pattern in (CHECKPOINTS, "model.pt", "grid*.png"):
+        for pattern in (CHECKPOINTS, "model.pt", "grid*.png", "listing-*.pt"):
             for part in self.out.glob(pattern + ".part"):
                 part.unlink()
 
     def last_good(self):
-        self.last_save_is_written()
         return max(self.out.glob(CHECKPOINTS), default="none yet")
 
     # -- resume
@@ -234,9 +233,10 @@ class Run:
             fail(f"{error}; without that file the run goes on from {older[-1]}")
         self.check_settings(saved["config"])
         if (saved.get("pictures"), len(saved["classes"])) != (pictures, len(classes)):
+            unread = "; ".join(self.dataset.unread.values())
             fail(f"{self.out} was started with {saved.get('pictures')} pictures in "
                  f"{len(saved['classes'])} classes, now {pictures} in {len(classes)}: put them "
-                 "back, or give a new --out")
+                 f"back, or give a new --out{f' ({unread})' * bool(unread)}")
         names = self.dataset.code
         if saved["classes"] != classes or saved.get("names", names) != names:
             fail(f"{self.out} was started with pictures or classes of other names: put them back, "
@@ -364,10 +364,10 @@ class Run:
         defaults = [default_model(config.res, cuda) for cuda in (False, True)]
         if config.model == defaults[kind == "cuda"] and defaults[0] != defaults[1]:
             print("Default --model at this size: {} without CUDA, {} with CUDA.".format(*defaults))
-        often = {0: "never", None: f"at step {FIRST_REPORT}, then every {config.save_minutes:g} "
-                 "minutes"}.get(config.sample_every)
-        often = often or f"every {config.sample_every} steps, first at " \
-            f"{min(config.sample_every, FIRST_REPORT)}"
+        steps = config.save_every if config.sample_every is None else config.sample_every
+        often = "never" if steps == 0 else f"every {config.save_minutes:g} minutes" \
+            if steps is None else f"every {steps} steps"
+        often += f", first at step {min(steps or FIRST_REPORT, FIRST_REPORT)}" * (steps != 0)
         parts = f"{self.num_parts} part{'s' * (self.num_parts > 1)}"
         print(f"Each step: {self.share} pictures{' on each rank' * (self.ranks.world > 1)} in "
               f"{parts} of {self.share // self.num_parts} ({self.why}).\n"
@@ -425,6 +425,8 @@ class Run:
         self.stopped, diverged, unreadable, is_time = self.ranks.any(
             self.signals.received or self.ranks.was_orphaned(),
             self.news >= NOT_FINITE_AT_MOST, self.too_many_broken(), self.is_time_to_save())
+        if diverged or unreadable:              # the others would not wait for the first rank
+            self.ranks.from_first(self.last_save_is_written())
         if diverged:
             self.bar.close()
             fail(f"step {self.done}: the last {NOT_FINITE_AT_MOST} gradients were not finite; the "
@@ -477,9 +479,9 @@ class Run:
 
     # -- log and checkpoints
 
-    def attempt(self, write_files):
+    def attempt(self, write_files, step=None):
         """Call it -> whether it raised no OSError: a full disk costs these files, not the run."""
-        step = self.done
+        step = step or self.done
         try:
             write_files()
             return True
@@ -519,7 +521,8 @@ class Run:
 
     def save(self):
         """model.pt and a checkpoint, copied here and written by a thread while training goes on."""
-        ranks, first = self.ranks, self.ranks.is_first
+        ranks, first, shard = self.ranks, self.ranks.is_first, self.config.shard
+        gather = partial(gather_full, keep=first, copy=shard)
         self.last_save_is_written()             # one at a time: its copies are used again
         moments = [part for state in self.optimizer.state.values() for part in state.values()]
         sound = all_finite([*self.model.parameters(), *self.ema.parameters(), *moments])
@@ -530,17 +533,17 @@ class Run:
                  code=1)
         content = dict(format=FORMAT, config=vars(self.config), network=self.settings,
                        classes=self.dataset.classes, step=self.done,
-                       ema=gather_full(self.ema.state_dict(), first),
-                       model=gather_full(self.model.state_dict(), first),
-                       optimizer=gather_full(self.optimizer.state_dict(), first),
+                       ema=gather(self.ema.state_dict()), model=gather(self.model.state_dict()),
+                       optimizer=gather(self.optimizer.state_dict()),
                        pictures=len(self.dataset.names), names=self.dataset.code,
                        seconds=self.seconds, skipped=int(self.skipped),
                        at_a_time=self.share // self.num_parts)
         self.saved_at, self.save_clock = self.done, time.monotonic()
         if first:
-            if not self.config.shard:           # shards that were put together are copies
+            if not shard:                       # else it is copied already
                 content = self.copies = host_copy(content, self.copies)
-            self.writing = self.writer.submit(self.attempt, partial(self.write_checkpoint, content))
+            self.writing = self.writer.submit(self.attempt, partial(self.write_checkpoint, content),
+                                              self.done)
 
     def write_checkpoint(self, content):
         """Of older checkpoints one stays."""

@@ -11,7 +11,7 @@ count where the token is not 0. Two encoders:
     bytes       not in the paper: a small transformer over UTF-8 bytes, trained with the network
     t5:NAME     the paper's: a frozen T5 that the package `transformers` finds by its name or folder
 """
-from functools import cache, partial
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -126,15 +126,20 @@ class T5Encoder:
         return self.last_output
 
 
-@cache
+LOADED = {}                                 # {(name, kind): object}, once for all who ask
+
+
 def t5(name, kind, download):
     """The object `kind` of transformers for the model called `name`. Raises ValueError.
 
     download: whether it may come from the network; not for a name that was read from a file.
     """
     try:
-        import transformers
-        return getattr(transformers, kind).from_pretrained(name, local_files_only=not download)
+        if (name, kind) not in LOADED:
+            import transformers
+            made = getattr(transformers, kind).from_pretrained(name, local_files_only=not download)
+            LOADED[name, kind] = made
+        return LOADED[name, kind]
     except ImportError as error:
         raise ValueError(f"t5:{name}: needs the package transformers ({error})")
     except Exception as error:              # a damaged folder raises any of many exceptions

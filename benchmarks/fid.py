@@ -242,9 +242,10 @@ def halves(names, labels, most):
 # ---------------------------------------------------------------------------- the commands
 
 def split(args):
-    dataset, count = Pictures(args.photographs, 16), 0
+    dataset = Pictures(args.photographs, 16)
     texts = dataset.listing.texts
     for part in ("train", "held"):
+        count = 0
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(f"{args.out}-{part}.zip", "w") as copy:
             for i, name in enumerate(dataset.names):
@@ -261,7 +262,6 @@ def split(args):
                 for content in contents:
                     copy.writestr(*content)
         print(f"{args.out}-{part}.zip: {count} pictures")
-        count = 0
 
 
 def row(name, found, reference, near=(), limits=()):

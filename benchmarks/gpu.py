@@ -1,4 +1,4 @@
-"""What one GPU does: all parts in at most 13 minutes, the most wanted first, to be cut off anywhere.
+"""What one GPU does, in at most 13 minutes: the most wanted parts first, to be cut off anywhere.
 
     python benchmarks/gpu.py                      every part, into gpu.md as well
     python benchmarks/gpu.py --minutes 5 base noise

@@ -44,11 +44,11 @@ def private_memory():
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty")) / 1024
 
 
-def simulated_rank(file, rank, world):
+def simulated_rank(file, digest, rank, world):
     """-> hash of two epochs' orders, {number: (name, hash of its t, u, noise)}, seconds, MB."""
     torch.set_num_threads(1)
     before, start = private_memory(), time.perf_counter()
-    pictures = Pictures("", RES, SEED, listing=listing.load(file))
+    pictures = Pictures("", RES, SEED, listing=listing.load(file, digest))
     seconds, orders, learned = time.perf_counter() - start, hashlib.sha256(), {}
     pictures.picture = lambda i: ((blank, False, []), seen.append(pictures.names[i]) or {})
     blank, count = torch.zeros(RES, RES, 3, dtype=torch.uint8).numpy(), len(pictures.names)
@@ -77,9 +77,11 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "listing.pt")
         classes, lines = names(args.pictures)
-        listing.save(listing.build(lines, [], classes, {}), file, folder)
+        made = listing.build(lines, [], classes, {})
+        listing.save(made, file)
         print(f"{args.pictures:,} names, {file.stat().st_size / 1e6:.0f} MB for all processes")
-        work = [(file, 0, 1)] + [(file, rank, args.ranks) for rank in range(args.ranks)]
+        work = [(file, made.digest, rank, world)
+                for rank, world in [(0, 1), *((rank, args.ranks) for rank in range(args.ranks))]]
         with multiprocessing.get_context("spawn").Pool(os.cpu_count(), maxtasksperchild=1) as pool:
             (order, expected, *_), *ranks = pool.starmap(simulated_rank, work, 1)
     learned = {}

@@ -86,7 +86,8 @@ def test_recomputed_blocks_keep_their_input_and_the_largest_counts_once(little):
     assert inputs + largest < counted(1, True) < .7 * counted(1, False)
 
 
-def test_weights_gradient_moments_and_average_are_20_bytes_a_weight_and_copies_of_them_16(little):
+def test_weights_gradient_moments_and_average_are_20_bytes_a_weight_and_copies_of_them_16(
+        little, monkeypatch):
     config = config_of()
     beside = memory.BASE + 100 * 12 * 32 * 32
     fixed, each, weights = needed(config)
@@ -94,6 +95,7 @@ def test_weights_gradient_moments_and_average_are_20_bytes_a_weight_and_copies_o
     assert fixed == beside + 36 * weights
     assert memory.needed(config, 10, 1, "cuda", train.loss_function(config))[0] == \
         beside + 20 * weights
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     half, less, _ = needed(dataclasses.replace(config, bf16=True, compile=True, shard=True), 2)
     ddp, compiled, _ = needed(dataclasses.replace(config, compile=True), 2)
     assert ddp == beside + (24 + 8) * weights and compiled == .5 * each

@@ -16,6 +16,7 @@ from PIL import Image
 
 import checkpoint
 import data
+import ranks
 import sample as sampling
 import train
 from run import CHECKPOINTS
@@ -319,3 +320,13 @@ def test_batch_3_on_2_ranks_is_refused_once(tmp_path, little, capsys, monkeypatc
     output = run_script(*TORCHRUN, "--nproc_per_node=2", TRAIN, "--batch", "3", "--out",
                         tmp_path / "run", code=1)                       # the code of torchrun
     assert output.count(error) == 1 and "exitcode  : 2" in output
+
+
+def test_a_gathered_copy_does_not_change_with_what_was_gathered():
+    """What is written by a thread while training goes on; Adam's steps are not sharded."""
+    tree = dict(weights=torch.ones(3), state={0: dict(step=torch.tensor(1.0))}, lr=.1)
+    copy, same = ranks.gather_full(tree, copy=True), ranks.gather_full(tree)
+    tree["weights"] += 1
+    tree["state"][0]["step"] += 1
+    assert copy["weights"].tolist() == [1, 1, 1] and copy["state"][0]["step"] == 1
+    assert copy["lr"] == .1 and same["weights"] is tree["weights"]

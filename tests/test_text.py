@@ -212,7 +212,7 @@ def test_run_with_t5_keeps_it_out_of_the_checkpoint_resumes_and_draws(
 def test_a_file_cannot_make_a_t5_be_downloaded_but_an_option_can(
         tmp_path, tiny_t5, little, capsys, monkeypatch):
     transformers = pytest.importorskip("transformers")
-    text.t5.cache_clear()
+    text.LOADED.clear()
     asked = []
     for kind in ("AutoConfig", "AutoTokenizer", "T5EncoderModel"):
         honest = getattr(transformers, kind).from_pretrained
@@ -227,7 +227,7 @@ def test_a_file_cannot_make_a_t5_be_downloaded_but_an_option_can(
     asked.clear()
     sampling.main(["--ckpt", str(tmp_path / "run/model.pt"), "--prompt", "a red flower",
                    "--steps", "1", "--out", str(tmp_path / "pictures")])
-    text.t5.cache_clear()
+    text.LOADED.clear()
     assert run.settings_of_started_run(tmp_path / "run")
     assert set(asked) - {(kind, None) for kind in every} == {(kind, True) for kind in every}
     other = checkpoint.read(tmp_path / "run/model.pt")
