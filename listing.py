@@ -266,7 +266,7 @@ def list_pictures(path, follow_links=False):
 # ---------------------------------------------------------------------------- once for a run
 
 def save(listing, file, stamp=None):
-    """A Listing to a file that `load` maps into memory. stamp: see there. Raises OSError."""
+    """A Listing to a file that `load` maps into memory; stamp: of its zip. Raises OSError."""
     arrays = {name: torch.from_numpy(part) for name, part in listing.arrays.items()}
     content = dict(version=VERSION, arrays=arrays, about=listing.about, zip=stamp)
     write(file, lambda out: torch.save(content, out))
