@@ -337,6 +337,9 @@ def test_files_of_format_2_load(tmp_path, settings, classes, make):
     assert torch.equal(v_hat, again(z, logsnr, cond))
 
 
+NEW_SETTINGS = {"largest_map", "coarsest", "follow_links", "save_minutes"}
+
+
 def test_settings_of_format_2_mean_the_same_in_todays_words(tmp_path):
     weights = old_names(uvit.UViT(32, **TINY, classes=10).state_dict())
 
@@ -350,7 +353,7 @@ def test_settings_of_format_2_mean_the_same_in_todays_words(tmp_path):
                                    "--sample-every", "0", "--save-every", "1000", "--set",
                                    "bf16=off"]))
     assert now | old | dict(out="") == now | dict(out="")
-    assert now.keys() - old.keys() == {"largest_map", "coarsest"}       # what is new
+    assert now.keys() - old.keys() == NEW_SETTINGS
     other = config(blocks_16=3, dropout=0.0, accum=0, workers=0, multiscale="on", compile="",
                    bf16="on")
     assert [other[name] for name in ("blocks_16", "dropout", "accum", "workers", "multiscale",
@@ -378,8 +381,8 @@ def test_a_run_of_format_2_goes_on(tmp_path):
     saved = run_train(tmp_path / "run", "--model", "tiny", "--steps", "2")
     file = sorted((tmp_path / "run").glob("ckpt-*.pt"))[-1]
     assert saved.pop("network") and saved["config"].keys() == \
-        OLD_SETTINGS.keys() - {"memory_budget", "net"} | {"architecture", "largest_map", "coarsest",
-                                                          "optimizer", "decay"}
+        OLD_SETTINGS.keys() - {"memory_budget", "net"} | NEW_SETTINGS | {"architecture",
+                                                                         "optimizer", "decay"}
     old = saved | dict(format=2, config=OLD_SETTINGS | dict(out=str(tmp_path / "run")),
                        model=old_names(saved["model"]), ema=old_names(saved["ema"]))
     assert old["model"].keys() != saved["model"].keys()

@@ -178,6 +178,7 @@ def test_what_does_not_fit_says_what_it_needs_and_what_would(monkeypatch, capsys
 
 def test_shards_are_advised_for_adam_alone(monkeypatch):
     monkeypatch.setattr(memory, "available", lambda device: 9.5 * GB)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     for optimizer in "adam", "muon":                # which needs whole matrices
         config = config_of("--model", "base", "--set", f"optimizer={optimizer}")
         with pytest.raises(ValueError) as error:
