@@ -1074,8 +1074,6 @@ SCALE = [
      "machines_that_share"),
     ("ranks.py", 'full.to("cpu", copy=True) if copy else full', 'full.to("cpu") if copy else full',
      "gathered_copy"),
-    ("data.py", "names = property(lambda self: self.listing.names)\n",
-     "names = functools.cached_property(lambda self: self.listing.names)\n", "made_once"),
     ("listing.py", "if inside and not ours:", "if False:", "foreign_folders"),
     ("listing.py", "if len(digests) > 1:", "if False:", "machines_whose"),
     ("listing.py", "for part in AGREED:", "for part in ():", "machines_whose"),

@@ -109,7 +109,7 @@ def test_a_listing_is_made_once_and_mapped_and_made_again_if_the_pictures_change
         found = listing.list_together(str(tmp_path / path), False, tmp_path / "run", ranks)
         assert found.file == file
         dataset = data.Pictures(tmp_path / path, 16, listing=found)
-        assert len(dataset.names) and len(pickle.dumps(dataset)) < 2000     # loaders map it, too
+        assert len(dataset.names) and b".png" not in pickle.dumps(dataset)  # loaders map it, too
         assert list(pickle.loads(pickle.dumps(found)).names) == list(found.names)
         return list(found.names), len(lists)
 
