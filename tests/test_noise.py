@@ -73,7 +73,7 @@ def test_noise_is_normal_and_times_are_uniform():
 
 
 def test_neighbours_are_unrelated():
-    """Pixels, channels, pictures, seeds, and the two of a pair; squares too, as Box-Muller could."""
+    """Pixels, channels, pictures, seeds, t and u; squares of the noise, too."""
     x = torch.stack([noise.draw_noise(seed, range(32), 64, "cpu")[1] for seed in (0, 1)]).double()
     t = torch.stack([noise.draw_noise(0, range(n, n + 20_000), 2, "cpu")[0] for n in (0, 1, 32)])
     u = noise.draw_noise(0, range(20_000), 2, "cpu")[2]
@@ -85,7 +85,8 @@ def test_neighbours_are_unrelated():
 
     for dim in range(5):                                # seed, picture, channel, row, column
         for shift in (1, 2, 3) if x.shape[dim] > 3 else range(1, x.shape[dim]):
-            a, b = x.narrow(dim, shift, x.shape[dim] - shift), x.narrow(dim, 0, x.shape[dim] - shift)
+            length = x.shape[dim] - shift
+            a, b = x.narrow(dim, shift, length), x.narrow(dim, 0, length)
             assert related(a, b) < 4.5 and related(a.square(), b.square()) < 4.5, (dim, shift)
     assert all(related(t[0], other) < 4.5 for other in (t[1], t[2], u))
 

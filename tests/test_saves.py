@@ -1,4 +1,4 @@
-"""Checkpoints are copied and then written by a thread, while training goes on; when they are due."""
+"""When checkpoints are due; a thread writes copies of them while training goes on."""
 import threading
 import time
 
@@ -95,7 +95,8 @@ def test_checkpoints_are_due_by_the_clock_and_never_while_one_is_written(
 
 
 def test_large_models_are_saved_by_the_clock_small_ones_every_250_steps_too():
-    for flags, expected in ((["--model", "laptop"], (250, None)), (["--model", "mini"], (250, None)),
+    for flags, expected in ((["--model", "laptop"], (250, None)),
+                            (["--model", "mini"], (250, None)),
                             (["--model", "small"], (None, None)),
                             (["--model", "base", "--sample-every", "0"], (None, 0)),
                             (["--model", "paper", "--save-every", "9"], (9, None)),
