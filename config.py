@@ -109,7 +109,6 @@ class Config:
 
 QUICK = "laptop", "tiny", "mini"            # models that are saved every 250 steps
 
-
 EXAMPLES = """Train a network by simple diffusion.
 
   python train.py                                       flowers at 64 x 64, on any machine

@@ -364,16 +364,13 @@ def saved_or_not(listing, file, stamp):
 
 def first_difference(path, mine, ranks):
     """A line that names a picture that one machine has and the first one has not, or otherwise."""
-    first = set(ranks.from_first(list(mine.names) if ranks.is_first else None))
+    digest, names = ranks.from_first(mine and (mine.digest, list(mine.names)))
     line = None
-    digest = ranks.from_first(mine and mine.digest)
     if mine and mine.digest != digest:
-        here, host = set(mine.names), ranks.hosts[ranks.rank]
-        name = min(first ^ here, default=None)
-        who, other = (host, ranks.hosts[0]) if name in here else (ranks.hosts[0], host)
-        line = f"--data {path}: {printable(name)} is there for rank " \
-            f"{ranks.rank if name in here else 0} on {who}, but not for rank " \
-            f"{0 if name in here else ranks.rank} on {other}" if name is not None else \
-            f"--data {path}: pictures of rank 0 on {ranks.hosts[0]} and of rank {ranks.rank} on " \
-            f"{host} have other captions"
-    return next(line for line in ranks.gather(line) if line)
+        here, there = set(mine.names), set(names)
+        us, first = (f"rank {rank} on {ranks.hosts[rank]}" for rank in (ranks.rank, 0))
+        has, lacks = (us, first) if here - there else (first, us)
+        name = min(here - there or there - here, default=None)
+        line = f"pictures of {first} and of {us} have other captions" if name is None else \
+            f"{printable(name)} is there for {has}, but not for {lacks}"
+    return f"--data {path}: " + next(line for line in ranks.gather(line) if line)

@@ -43,15 +43,17 @@ def uniform(keys, n):
 
 
 @lru_cache(1)
-def from_3(count, device):                  # numbers 1 and 2 of a stream are for t and u
-    return torch.arange(3, 3 + count, device=device)
+def constants(count, device):
+    """3, 4, ..., for numbers 1 and 2 of a stream are t and u; and the least value of `a` below."""
+    return torch.arange(3, 3 + count, device=device), torch.full((), 2.0**-32, device=device)
 
 
 def normal(keys, count):
     """(B,) keys -> (B, count) ~ N(0, 1): two of each number, by Box and Muller; 20 launches."""
     half = -(-count // 2)
-    bits = splitmix64(keys[:, None], from_3(half, keys.device)).view(torch.int32)
-    a = torch.hypot(bits[:, ::2] * 2.0**-31, torch.tensor(2.0**-32))    # in (0, 1]
+    n, least = constants(half, keys.device)
+    bits = splitmix64(keys[:, None], n).view(torch.int32)
+    a = torch.hypot(bits[:, ::2] * 2.0**-31, least)                     # in (0, 1]
     radius = torch.xlogy(-2, a).sqrt_()                                 # sqrt(-2 log a)
     angle = bits[:, 1::2] * (torch.pi * 2.0**-31)                       # in [-pi, pi]
     eps = torch.empty(len(keys), 2, half, device=keys.device)

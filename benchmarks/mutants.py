@@ -349,11 +349,11 @@ TRAINER = [   # what is learned, with which numbers
     ("noise.py", "(z >> 27).bitwise_and_((1 << 37) - 1)", "z >> 27", "published"),
     ("noise.py", "torch.arange(3, 3 + count", "torch.arange(2, 2 + count", "box_and_muller"),
     ("noise.py", "torch.xlogy(-2, a)", "torch.xlogy(-1, a)", "box_and_muller or normal"),
-    ("noise.py", "torch.hypot(bits[:, ::2] * 2.0**-31, torch.tensor(2.0**-32))",
+    ("noise.py", "torch.hypot(bits[:, ::2] * 2.0**-31, least)",
      "(bits[:, ::2] * 2.0**-31).abs_()", "zero_bits"),
     ("noise.py", "torch.sin(angle, out", "torch.cos(angle, out", "box_and_muller or neighbours"),
-    ("noise.py", "splitmix64(keys[:, None], from_3(half, keys.device))",
-     "torch.stack([splitmix64(key, from_3(half, key.device)) for key in keys])", "few_launches"),
+    ("noise.py", "splitmix64(keys[:, None], n)",
+     "torch.stack([splitmix64(key, n) for key in keys])", "few_launches"),
 ]
 
 SURVIVAL = [  # kills, signals, full disks, damage, lost ranks, compilers
@@ -1078,7 +1078,7 @@ SCALE = [
     ("listing.py", "if len(digests) > 1:", "if False:", "machines_whose"),
     ("listing.py", "for part in AGREED:", "for part in ():", "machines_whose"),
     ("listing.py", "    if local_rank == 0:\n", "    if True:\n", "ranks_of_a_machine"),
-    ("checkpoint.py", '*shape.get("blocks", (0,))) > 1000', "0) > 1000", "endless_blocks"),
+    ("checkpoint.py", '*shape.get("blocks", (0,))) > 1000', "0) > 1000", "endless_blocks_are"),
     ("text.py", "from_pretrained(name, local_files_only=not download)", "from_pretrained(name)",
      "be_downloaded"),
     ("sample.py", 'config["text_length"], download=False)', 'config["text_length"])',
