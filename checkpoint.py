@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 import torch.nn.functional as F
 from PIL import Image
 
@@ -142,13 +143,26 @@ def build_network(architecture="uvit", skips="block", text="", text_length=0, te
     return (ResidualUViT if skips == "level" else UViT)(**shape, text=encoder)
 
 
+class NoInitialWeights(TorchFunctionMode):
+    """Saves a second: on the meta device, random initial weights would load torch's compiler."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.nn.init.normal_:
+            return kwargs["tensor"]
+        if function is torch.Tensor.mul:
+            return args[0]
+        return (torch.empty if function is torch.randn else function)(*args, **(kwargs or {}))
+
+
 def load_model(path, device):
     """model.pt -> network with its EMA weights, and the dict of the file. Raises ValueError."""
     saved = read(path)
-    config = saved["config"]
+    config, network = saved["config"], saved["network"]
+    if "position_init" in network:
+        network = network | {"position_init": "gauss"}          # the weights replace it
     try:
-        with torch.device("meta"):          # takes no memory, however large the file says it is
-            model = build_network(**saved["network"], download=False)
+        with torch.device("meta"), NoInitialWeights():      # no memory, whatever the file claims
+            model = build_network(**network, download=False)
         model.load_state_dict(saved["ema"], assign=True)
         schedule = logsnr_schedule(config["schedule"], config["res"], config["noise_d"])
         assert schedule(torch.rand(2)).isfinite().all()

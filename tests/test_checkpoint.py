@@ -480,3 +480,12 @@ def test_wrong_release_is_one_line_and_exit_code_2(tmp_path, arguments, words):
                           capture_output=True, text=True)
     assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_reading_the_bundled_weights_does_not_load_torchs_compiler():
+    """It would take longer than the rest of the start."""
+    code = ("import sys\nfrom pathlib import Path\nfrom checkpoint import load_model\n"
+            "for path in Path('assets').glob('*.pt'):\n"
+            "    assert not any(p.is_meta for p in load_model(path, 'cpu')[0].parameters())\n"
+            "sys.exit('torch._dynamo' in sys.modules)")
+    assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == 0
