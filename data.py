@@ -256,7 +256,8 @@ class Pictures:
         epoch, place = divmod(n, len(self.names))
         if self.order[0] != epoch:
             rng = np.random.default_rng((1, self.seed, epoch))
-            self.order = epoch, rng.permutation(len(self.names)).astype(np.int32)
+            self.order = epoch, np.arange(len(self.names), dtype=np.int32)
+            rng.shuffle(self.order[1])
         rng, broken = np.random.default_rng((2, self.seed, n)), {}
         for k in range(len(self.names)):
             i = int(self.order[1][(place + k) % len(self.names)])

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from checkpoint import (FORMAT, KEYS, append, build_network, host_copy, lock, read, trim,
+from checkpoint import (FORMAT, KEYS, Uncached, append, build_network, host_copy, lock, read, trim,
                         upgraded, write)
 from cli import IgnoreBrokenPipe, fail, written
 from data import collate, from_uint8, grid, moved, to_device, to_uint8, too_many_broken
@@ -549,9 +549,9 @@ class Run:
         """Of older checkpoints one stays."""
         model = {key: content[key] for key in KEYS}
         # model.pt first: a run whose last checkpoint exists is complete.
-        write(self.out / "model.pt", lambda file: torch.save(model, file))
+        write(self.out / "model.pt", lambda file: torch.save(model, file), Uncached)
         name = f"ckpt-{content['step']:08d}.pt"
-        write(self.out / name, lambda file: torch.save(content, file))
+        write(self.out / name, lambda file: torch.save(content, file), Uncached)
         for old in sorted(self.out.glob(CHECKPOINTS))[:-2]:
             old.unlink()
 

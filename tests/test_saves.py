@@ -1,6 +1,9 @@
 """When checkpoints are due; a thread writes copies of them while training goes on."""
+import os
+import pathlib
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ import checkpoint
 import config
 import run
 import train
-from tests.helpers import SMALL, assert_same_bits, run_train
+from tests.helpers import SMALL, assert_same_bits, full_disk, run_train
 
 
 def slow_writes(monkeypatch, until):
@@ -19,9 +22,9 @@ def slow_writes(monkeypatch, until):
     monkeypatch.setattr(run.Run, "after_step", lambda self, *args: (counted(self, *args),
                                                                     steps.append(self.done)))
 
-    def write(path, write_to):
+    def write(path, write_to, opener):
         until(steps)
-        honest(path, write_to)
+        honest(path, write_to, opener)
         written.append((path.name, len(steps)))
     monkeypatch.setattr(run, "write", write)
     return written
@@ -127,3 +130,60 @@ def test_a_host_copy_is_apart_and_its_memory_is_used_again():
     wider = checkpoint.host_copy(dict(a=torch.ones(5)), again)
     assert wider["a"].tolist() == [1] * 5
 
+
+
+@pytest.mark.parametrize("on", ["disk", "a disk without O_DIRECT", "a system without O_DIRECT"])
+@pytest.mark.parametrize("size", [0, 1, 4096, 2**23 - 1, 2**23, 2**24 + 4097])
+def test_a_file_past_the_cache_is_the_file_that_open_writes(tmp_path, monkeypatch, size, on):
+    if on == "a system without O_DIRECT":
+        monkeypatch.setattr(checkpoint, "fcntl", None)
+    content = torch.randint(256, (size,), dtype=torch.uint8).numpy().tobytes()
+    folder = pathlib.Path("/dev/shm") if on == "a disk without O_DIRECT" else tmp_path
+    if not folder.is_dir():
+        pytest.skip("no /dev/shm")
+    path = folder / f"simple-diffusion-{os.getpid()}"
+
+    def fill(file):
+        for start in range(0, size, 3_000_001):
+            assert file.write(content[start:start + 3_000_001]) == \
+                len(content[start:start + 3_000_001])
+    try:
+        checkpoint.write(path, fill, checkpoint.Uncached)
+        assert path.read_bytes() == content
+        tensors = dict(a=torch.randn(3, 5), b=torch.arange(2_500_000))
+        checkpoint.write(path, lambda file: torch.save(tensors, file), checkpoint.Uncached)
+        assert_same_bits(torch.load(path), tensors)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def test_an_error_of_the_disk_is_raised_past_the_cache_too(tmp_path):
+    path = tmp_path / "file"
+    checkpoint.write(path, lambda file: file.write(b"old"), checkpoint.Uncached)
+    with full_disk(), pytest.raises(OSError, match="File too large"):
+        checkpoint.write(path, lambda file: torch.save(torch.zeros(9_000_000), file),
+                         checkpoint.Uncached)
+    assert [file.name for file in tmp_path.iterdir()] == ["file"] and path.read_bytes() == b"old"
+    with pytest.raises(OSError):            # EINVAL of another cause is not tried for ever
+        with checkpoint.Uncached(path) as file:
+            file.raw = SimpleNamespace(write=always(OSError(22, "Invalid argument")),
+                                       close=file.raw.close, fileno=file.raw.fileno)
+            file.write(b"new")
+            file.flush()
+
+
+def test_a_disk_that_takes_a_part_of_what_it_is_given_gets_the_rest(tmp_path):
+    content = torch.randint(256, (9_000_001,), dtype=torch.uint8).numpy().tobytes()
+    with checkpoint.Uncached(tmp_path / "file") as file:
+        raw = file.raw
+        file.raw = SimpleNamespace(write=lambda rest: raw.write(rest[:4096]), close=raw.close,
+                                   fileno=raw.fileno)
+        file.write(content)
+        file.flush()
+    assert (tmp_path / "file").read_bytes() == content
+
+
+def always(error):
+    def fail(*_):
+        raise error
+    return fail
