@@ -6,6 +6,7 @@ A field made by `flag` is an option of its own, --name; one made by `option` is 
 import os
 import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from cli import fail, flag, option, parse
@@ -90,6 +91,9 @@ class Config:
     save_minutes: float = flag(15.0, "minutes between checkpoints at most", least=.01, most=1e6,
                                may_change=True)
 
+    tensorboard: bool = flag(False, "also log for TensorBoard (pip install tensorboard)",
+                             may_change=True)
+
     def network_settings(self, classes):
         """The settings of the network, for checkpoint.build_network; classes: how many."""
         shape = PRESETS[self.model]["network"]
@@ -132,6 +136,8 @@ def parse_config(argv=None):
                         (config.largest_map != 128, "largest_map")):
         if given and config.architecture == "unet":
             fail(f"--set architecture=unet: has no {what}; architecture=uvit has")
+    if config.tensorboard and not find_spec("tensorboard"):
+        fail("--tensorboard: needs pip install tensorboard")
     if config.text and config.text != "bytes" and not config.text.startswith("t5:"):
         fail(f"--text {config.text}: must be bytes, or t5:NAME")
     if config.architecture == "unet":

@@ -9,7 +9,6 @@
 import contextlib
 import dataclasses
 import io
-import json
 import math
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ from cli import fail
 from config import parse_config
 from flowers import draw_flower
 from memory import COMFORT, needed
+from page import COLOURS, losses_by_level, read_log
 from schedule import (alpha_sigma, logsnr_cosine, logsnr_interpolated, logsnr_schedule,
                       logsnr_shifted)
 from train import loss_function
@@ -30,7 +30,6 @@ from uvit import PRESETS
 from wavelet import dwt
 
 ASSETS = Path(__file__).parent / "assets"
-COLOURS = "#1f5fa8", "#b3401f", "#2c8a4b", "#8a5a2c", "#7a3f9d", "#c08a1e", "#555555", "#d0608f"
 
 
 def plot(curves, size, x_range, y_range, title, ticks=lambda y: f"{y:g}"):
@@ -143,22 +142,16 @@ def figure_7():
 def curves(folder):
     """Loss of the EMA by noise level over the steps of a run, logarithmic: is it learning?"""
     try:
-        lines = Path(folder, "log.jsonl").read_text().splitlines()
+        reports = read_log(Path(folder, "log.jsonl"))[1]
     except OSError as error:
         fail(f"{folder}/log.jsonl: {error.strerror}")
-    lines = [json.loads(line) for line in lines         # the last one may have been cut short
-             if "loss_by_noise_level" in line and line.endswith("}")]
-    if len(lines) < 2:
-        fail(f"{folder}/log.jsonl: holds {len(lines)} reports, a curve takes two or more")
-    steps = torch.tensor([line["step"] for line in lines], dtype=torch.float64)
-    losses = torch.tensor([[loss if loss is not None else float("nan")
-                            for loss in line["loss_by_noise_level"]] for line in lines]).log10()
-    known = losses[losses.isfinite()]
+    if len(reports) < 2:
+        fail(f"{folder}/log.jsonl: holds {len(reports)} reports, a curve takes two or more")
+    named = {name: (steps, torch.tensor(losses).log10(), colour) for (name, (steps, losses)), colour
+             in zip(losses_by_level(reports).items(), COLOURS)}
+    known = torch.cat([losses for _, losses, _ in named.values()])
     low, high = known.min().floor().item(), known.max().ceil().item()
-    levels = losses.shape[1]
-    named = {f"t = {(level + .5) / levels:.2f}": (steps, losses[:, level], COLOURS[level])
-             for level in range(levels)}
-    sheet = plot(named, (720, 400), (0, steps[-1].item()), (low, high),
+    sheet = plot(named, (720, 400), (0, reports[-1]["step"]), (low, high),
                  "loss by noise level over steps", ticks=lambda y: f"{10**y:.2g}")
     save(sheet, Path(folder, "curves.png"))
 

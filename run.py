@@ -2,6 +2,7 @@
 
     ckpt-STEP.pt    the last two checkpoints          grid.png, grid-STEP.png    samples of the EMA
     model.pt        EMA and settings                  log.jsonl, broken.txt      log, skipped files
+    index.html      all of it to look at (page.py)
 
 Picture n of a run is the same on any number of ranks, in any number of parts, and after a restart:
 step k of a run has the pictures k * batch to (k + 1) * batch - 1, whoever computes them.
@@ -20,6 +21,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
@@ -34,6 +36,7 @@ from loss import diffusion_loss
 from memory import BASE, RAISES, divisor, fits, out_of_memory
 from muon import state_names
 from noise import draw_noise, picture_noise
+from page import write_page
 from ranks import (StopSignals, all_finite, compiler_trouble, default_model, gather_full,
                    ignore_stop_signals, shard_like)
 from sample import asinh_spacing, sampling_steps
@@ -336,7 +339,8 @@ class Run:
         self.bar = tqdm(total=config.steps, initial=self.done, disable=not first, unit="step")
         self.exits.callback(self.bar.close)
         self.clock, self.logged = time.perf_counter(), self.done
-        self.save_clock = time.monotonic()
+        self.save_clock, self.page_clock, self.page_took = time.monotonic(), 0.0, 0.0
+        self.board = self.tensorboard() if first and config.tensorboard else None
         self.news = torch.zeros((), pin_memory=self.ranks.device.type == "cuda")
         self.model.train()
         if self.missed_report:
@@ -372,7 +376,8 @@ class Run:
         print(f"Each step: {self.share} pictures{' on each rank' * (self.ranks.world > 1)} in "
               f"{parts} of {self.share // self.num_parts} ({self.why}).\n"
               f"Everything goes to {self.out}/; its grid.png shows samples {often}. "
-              "Stop at any time: the same command resumes.", flush=True)
+              f"Stop at any time: the same command resumes.\nA page to watch it in a browser: "
+              f"file://{(self.out / 'index.html').absolute()}", flush=True)
 
     def start_loader(self):
         config, cuda = self.config, self.ranks.device.type == "cuda"
@@ -445,6 +450,8 @@ class Run:
             self.report()
 
     def say_how_it_ended(self):
+        if self.ranks.is_first:
+            self.write_page("finished" if self.done == self.config.steps else "stopped")
         if self.ranks.is_first and self.broken:
             print(f"{len(self.broken)} of {len(self.dataset.names)} pictures could not be read and "
                   f"were skipped: {self.out}/broken.txt")
@@ -507,8 +514,24 @@ class Run:
             self.attempt(self.name_broken)
             self.attempt(lambda: append(self.log, json.dumps({      # JSON knows no NaN
                 key: value if math.isfinite(value) else None for key, value in line.items()})))
+            for key in ("loss", "norm", "lr", "images_per_second") if self.board else ():
+                self.board.add_scalar(key, line[key], self.done)
+            if time.monotonic() - self.page_clock > max(10, 300 * self.page_took):
+                self.write_page("training")     # at most 0.3% of the time
         self.total.zero_()
         self.clock, self.logged = time.perf_counter(), self.done
+
+    def write_page(self, state):
+        start = time.monotonic()
+        self.attempt(partial(write_page, self.out, vars(self.config), state, self.broken))
+        self.page_clock = time.monotonic()
+        self.page_took = self.page_clock - start
+
+    def tensorboard(self):
+        from torch.utils.tensorboard import SummaryWriter
+        board = SummaryWriter(self.out, purge_step=self.done + 1)
+        self.exits.callback(board.close)
+        return board
 
     def is_time_to_save(self):
         """By the first rank's clock, and never while the last save is being written."""
@@ -587,6 +610,11 @@ class Run:
                 write(self.out / name, lambda file: sheet.save(file, "PNG"))
 
         self.attempt(write_files)
+        self.write_page("training")
+        if self.board:
+            self.board.add_image("samples", np.asarray(sheet), self.done, dataformats="HWC")
+            for level, loss in enumerate(losses):
+                self.board.add_scalar(f"loss_by_noise_level/{level}", loss, self.done)
 
     def losses_by_noise_level(self):
         """The eps loss with weight 1 on the first 16 pictures, at times 1/16, 3/16, ..., 15/16."""

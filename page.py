@@ -1,0 +1,214 @@
+"""The page of a run, runs/NAME/index.html: one file without scripts, which refreshes itself.
+
+`write_page` makes it from what is in the folder. It needs nothing from elsewhere, and can be opened
+from the disk. A curve has 32 points for each doubling of the steps, so that the page of a run of a
+month is as small as that of an hour.
+"""
+import html
+import json
+import math
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from checkpoint import write
+
+PER_OCTAVE = 32                             # points of a curve for each doubling of the steps
+REFRESH = 30                                # seconds
+COLOURS = "#1f5fa8", "#b3401f", "#2c8a4b", "#8a5a2c", "#7a3f9d", "#c08a1e", "#555555", "#d0608f"
+REFERENCE = Path(__file__).parent / "assets" / "reference.jsonl"    # log of `python train.py`
+
+STYLE = """
+:root { color-scheme: light dark; --back: #fff; --text: #222; --faint: #bbb; }
+@media (prefers-color-scheme: dark) { :root { --back: #16181c; --text: #ddd; --faint: #555; } }
+body { background: var(--back); color: var(--text); font: 16px/1.5 system-ui, sans-serif;
+       max-width: 60rem; margin: 1rem auto; padding: 0 1rem; }
+img, svg { max-width: 100%; height: auto; }
+figure { margin: 1rem 0; } figcaption { font-size: .9rem; }
+.strip figure { display: inline-block; width: 8rem; margin: .2rem; } .strip img { width: 100%; }
+svg { font: 13px system-ui, sans-serif; fill: var(--text); }
+@media (max-width: 40rem) { svg { font-size: 22px; } }
+svg polyline { fill: none; stroke-width: 2; vector-effect: non-scaling-stroke; } .axis { stroke: var(--faint); stroke-width: 1; }
+svg .reference { stroke: var(--faint); stroke-width: 1.5; }
+code, pre { font-size: .9rem; overflow-wrap: anywhere; white-space: pre-wrap; }
+@media (prefers-color-scheme: dark) { svg polyline:not(.reference) { filter: brightness(1.5); } }
+"""
+
+
+# ---------------------------------------------------------------------------- curves
+
+def read_log(file):
+    """log.jsonl -> its lines, dicts: those of the training, those of reports (noise levels)."""
+    lines = []
+    for line in Path(file).read_text(encoding="utf-8").splitlines():
+        if line.endswith("}"):              # the last one may have been cut short
+            lines.append(json.loads(line))
+    return ([line for line in lines if "loss" in line],
+            [line for line in lines if "loss_by_noise_level" in line])
+
+
+def thinned(steps, values):
+    """Means over stretches of steps, PER_OCTAVE for each doubling: ([step, ...], [mean, ...]).
+
+    Values that are None, or not finite, are left out.
+    """
+    stretches = {}
+    for step, value in zip(steps, values):
+        if step > 0 and value is not None and math.isfinite(value):
+            stretches.setdefault(int(PER_OCTAVE * math.log2(step)), []).append((step, value))
+    means = [[sum(part) / len(pairs) for part in zip(*pairs)] for pairs in stretches.values()]
+    return tuple(map(list, zip(*means))) if means else ([], [])
+
+
+def losses_by_level(reports):
+    """{"t = 0.06": (steps, losses), ...} of the reports of a log."""
+    steps, levels = [line["step"] for line in reports], len(reports[0]["loss_by_noise_level"])
+    return {f"t = {(level + .5) / levels:.2f}":
+            thinned(steps, [line["loss_by_noise_level"][level] for line in reports])
+            for level in range(levels)}
+
+
+def decades(low, high):
+    """The powers of ten from low to high, and both ends where there are fewer than two."""
+    powers = [10.0**k for k in range(math.ceil(math.log10(low) - 1e-9),
+                                     math.floor(math.log10(high) + 1e-9) + 1)]
+    return powers if len(powers) > 1 else [low, high]
+
+
+def chart(curves, reference, title, about):
+    """Curves on logarithmic axes as inline SVG.
+
+    curves: {name: (steps, values)}, values > 0; reference: such curves in grey, without names.
+    about: what a screen reader says of it.
+    """
+    drawn = [pair for pair in [*curves.values(), *reference.values()] if pair[0]]
+    steps = [step for pair in drawn for step in pair[0]]
+    values = [value for pair in drawn for value in pair[1] if value > 0]
+    if not values:
+        return ""
+    left, right, low, high = min(steps), max(max(steps), min(steps) + 1), min(values), max(values)
+    high = max(high, 1.01 * low)
+    w, h, margin, legend = 640, 400, 70, 100
+
+    def at(step, value):
+        x = math.log(step / left) / math.log(right / left)
+        y = math.log(value / low) / math.log(high / low)
+        return f"{margin + x * (w - margin - legend):.1f},{h - 40 - y * (h - 80):.1f}"
+
+    def line(pair, more):
+        points = " ".join(at(*point) for point in zip(*pair) if point[1] > 0)
+        return f'<polyline points="{points}" {more}/>'
+
+    parts = [f'<text x="{margin}" y="20">{title}</text>']
+    for value in decades(low, high):
+        x, y = at(left, value).split(",")
+        parts.append(f'<line class="axis" x1="{x}" y1="{y}" x2="{w - legend}" y2="{y}"/>'
+                     f'<text x="{margin - 6}" y="{y}" text-anchor="end" dy="4">{value:.3g}</text>')
+    for step in decades(left, right):
+        x = at(step, low).split(",")[0]
+        parts.append(f'<text x="{x}" y="{h - 16}" text-anchor="middle">{step:,.0f}</text>')
+    parts += [line(pair, 'class="reference"') for pair in reference.values() if pair[0]]
+    for i, (name, pair) in enumerate(curves.items()):
+        if pair[0]:
+            colour = COLOURS[i % len(COLOURS)]
+            parts.append(line(pair, f'stroke="{colour}"'))
+            parts.append(f'<text x="{w - legend + 8}" y="{60 + 28 * i}" fill="{colour}">'
+                         f'{name}</text>')
+    return (f'<svg viewBox="0 0 {w} {h}" width="100%" role="img" '
+            f'aria-label="{html.escape(about)}">{"".join(parts)}</svg>')
+
+
+# ---------------------------------------------------------------------------- the page
+
+def fell(name, pair):
+    steps, values = pair
+    return f"{name} from {values[0]:.3g} at step {steps[0]:.0f} to {values[-1]:.3g} at step " \
+        f"{steps[-1]:.0f}" if steps else f"{name}: nothing yet"
+
+
+def time_left(seconds):
+    for size, name in ((86_400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {name} left"
+    return f"{seconds:.0f} seconds left"
+
+
+def status(lines, config, state):
+    """One line: how far the run is, how fast, how long it will take."""
+    step = lines[-1]["step"] if lines else 0
+    speeds = [line["images_per_second"] for line in lines[-10:] if line["images_per_second"]]
+    parts = [f"step {step:,} of {config['steps']:,}"]
+    if speeds:
+        speed = sum(speeds) / len(speeds)
+        parts.append(f"{speed:,.0f} pictures a second")
+        if state == "training":
+            parts.append(time_left((config["steps"] - step) * config["batch"] / speed))
+    return " · ".join([f"<strong>{state}</strong>", *parts, time.strftime("%d %B %Y, %H:%M:%S")])
+
+
+def grids(out):
+    """Names of the older grids, at most two for each doubling of the steps, and of the newest."""
+    names = sorted(file.name for file in Path(out).glob("grid-*.png"))
+    kept = {int(2 * math.log2(max(1, int(name[5:-4])))): name for name in names}
+    return list(kept.values())[:-1], names[-1] if names else None
+
+
+def page(out, config, command, state, lines, reports, broken, reference=()):
+    """-> the HTML of it.
+
+    config: dict of settings; state: "training", "stopped" or "finished"; lines, reports: of
+    read_log; broken: names of pictures that were skipped; reference: reports of another run.
+    """
+    esc, loss = html.escape, thinned([line["step"] for line in lines],
+                                     [line["loss"] for line in lines])
+    older, newest = grids(out)
+    levels = losses_by_level(reports) if reports else {}
+    grey = losses_by_level(reference) if reference and levels else {}
+    body = [f"<h1>{esc(Path(out).name)}</h1>", f"<p>{status(lines, config, state)}</p>"]
+    if newest:
+        body.append(f'<figure><img src="{newest}" alt="Samples at step {int(newest[5:-4]):,}">'
+                    f"<figcaption>Samples of the averaged weights at step {int(newest[5:-4]):,}, "
+                    "without guidance, from the same noise as earlier ones</figcaption></figure>")
+    body.append('<div class="strip">' + "".join(
+        f'<figure><a href="{name}"><img src="{name}" loading="lazy" alt="Samples"></a>'
+        f"<figcaption>step {int(name[5:-4]):,}</figcaption></figure>" for name in older) + "</div>")
+    body.append("<h2>Is it learning?</h2><p>Losses at eight noise levels, from clean pictures (t "
+                "near 0) to noise (t near 1). They fall for longer than the loss, most of which "
+                "comes from low noise." + " Grey: <code>python train.py</code>, the drawn flowers "
+                "of 64 x 64." * bool(grey) + "</p>")
+    body.append(chart(levels, grey, "loss by noise level over steps", "; ".join(
+        fell(name, pair) for name, pair in levels.items())) or "<p>From the first grid on.</p>")
+    body.append(chart({"loss": loss}, {}, "loss over steps", fell("loss", loss)))
+    skipped = lines[-1]["skipped"] if lines else 0
+    body.append(f"<p>{skipped} gradients were not finite and skipped. {len(broken)} pictures could "
+                f"not be read{': ' if broken else ''}{esc(', '.join(list(broken)[:5]))}"
+                f"{', ... (broken.txt)' if len(broken) > 5 else ''}.</p>")
+    longer = f" --steps {2 * config['steps']}" * (state == "finished")
+    body.append(f"<h2>Go on</h2><p>{'Train for longer' if longer else 'The same command resumes'}:"
+                f"</p><pre>{esc(command + longer)}</pre><p>Draw pictures:</p>"
+                f"<pre>python sample.py --ckpt {esc(str(out))}/model.pt</pre>")
+    settings = "\n".join(f"{name} = {value}" for name, value in config.items())
+    body.append(f"<details><summary>Settings</summary><pre>{esc(settings)}</pre></details>")
+    refresh = f'<meta http-equiv="refresh" content="{REFRESH}">' * (state == "training")
+    return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">{refresh}\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f"<title>{esc(Path(out).name)}</title><style>{STYLE}</style></head>\n<body>"
+            + "\n".join(body) + "</body></html>\n")
+
+
+def command_line():
+    """How this process was started, for the shell."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    by = f"torchrun --nproc_per_node={ranks} " if ranks > 1 else "python "
+    return by + shlex.join(sys.argv)
+
+
+def write_page(out, config, state, broken):
+    """runs/NAME/index.html from the folder of a run. Raises OSError."""
+    lines, reports = read_log(Path(out, "log.jsonl"))
+    flowers = not config["data"] and config["res"] == 64 and not config["text"]
+    reference = read_log(REFERENCE)[1] if flowers and REFERENCE.exists() else ()
+    text = page(out, config, command_line(), state, lines, reports, broken, reference)
+    write(Path(out, "index.html"), lambda file: file.write(text.encode("utf-8", "replace")))
