@@ -444,14 +444,14 @@ class SampleFolder:
             if differ:
                 self.start_over()
             names = [f"{i:06d}.png" for i in range(self.count)]
-            for name in ["samples.npz", "grid.png", "film.png", *names]:
+            for name in ["samples.npz", "grid.png", "film.png", "film.webp", *names]:
                 (self.out / f"{name}.part").unlink(missing_ok=True)     # of a killed command
         except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
             return f"--out {self.out}: cannot be used ({error}): name another folder"
 
     def start_over(self):
         for old in [*self.out.glob("[0-9]" * 6 + "*.png"), self.out / "samples.npz",
-                    self.out / "grid.png", self.out / "film.png"]:
+                    *(self.out / name for name in ("grid.png", "film.png", "film.webp"))]:
             old.unlink(missing_ok=True)
         self.lock.truncate(0)
         self.lock.write(json.dumps(self.settings).encode())
@@ -465,10 +465,20 @@ class SampleFolder:
                         return False
         except OSError:
             return False
-        return not self.film or 0 not in numbers or (self.out / "film.png").exists()
+        return not self.film or 0 not in numbers or (self.out / "film.webp").exists()
 
     def save(self, name, image):
         write(self.out / name, lambda file: image.save(file, "PNG"))
+
+    def save_moving(self, name, frames):
+        """An animated WEBP of frames (N, H, W, 3), enlarged to 256 pixels; it stays on the last."""
+        factor = -(-256 // max(frames[0].shape))
+        images = [Image.fromarray(f).resize((f.shape[1] * factor, f.shape[0] * factor),
+                                            Image.Resampling.NEAREST) for f in frames]
+        durations = [80] * (len(images) - 1) + [2000]           # milliseconds
+        write(self.out / name, lambda file: images[0].save(
+            file, "WEBP", save_all=True, append_images=images[1:], duration=durations, loop=0,
+            lossless=True))
 
     def read(self, i):
         return np.asarray(Image.open(self.out / f"{i:06d}.png"))

@@ -218,7 +218,8 @@ class SamplingOptions:
     prompt: list[str] = flag([], "captions, drawn in turn")
     prompts: str = flag("", "file with a caption per line")
     portrait: bool = flag(False, "upright pictures, from a model trained with --portrait")
-    film: bool = flag(False, "also film.png: z_t and x_hat of the first picture, step by step")
+    film: bool = flag(False, "also z_t and x_hat of the first picture, step by step: film.png, "
+                      "film.webp (moving)")
     seed: int = flag(0, "same seed, same pictures", least=0, most=2**63)
     batch: int | None = flag(None, "pictures at a time (default: 16; 4 on a CPU)", least=1,
                              most=10_000)

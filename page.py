@@ -18,7 +18,6 @@ from checkpoint import write
 PER_OCTAVE = 32                             # points of a curve for each doubling of the steps
 REFRESH = 30                                # seconds
 COLOURS = "#1f5fa8", "#b3401f", "#2c8a4b", "#8a5a2c", "#7a3f9d", "#c08a1e", "#555555", "#d0608f"
-REFERENCE = Path(__file__).parent / "assets" / "reference.jsonl"    # log of `python train.py`
 
 STYLE = """
 :root { color-scheme: light dark; --back: #fff; --text: #222; --faint: #bbb; }
@@ -31,9 +30,8 @@ figure { margin: 1rem 0; } figcaption { font-size: .9rem; }
 svg { font: 13px system-ui, sans-serif; fill: var(--text); }
 @media (max-width: 40rem) { svg { font-size: 22px; } }
 svg polyline { fill: none; stroke-width: 2; vector-effect: non-scaling-stroke; } .axis { stroke: var(--faint); stroke-width: 1; }
-svg .reference { stroke: var(--faint); stroke-width: 1.5; }
 code, pre { font-size: .9rem; overflow-wrap: anywhere; white-space: pre-wrap; }
-@media (prefers-color-scheme: dark) { svg polyline:not(.reference) { filter: brightness(1.5); } }
+@media (prefers-color-scheme: dark) { svg polyline { filter: brightness(1.5); } }
 """
 
 
@@ -77,15 +75,13 @@ def decades(low, high):
     return powers if len(powers) > 1 else [low, high]
 
 
-def chart(curves, reference, title, about):
+def chart(curves, title, about):
     """Curves on logarithmic axes as inline SVG.
 
-    curves: {name: (steps, values)}, values > 0; reference: such curves in grey, without names.
-    about: what a screen reader says of it.
+    curves: {name: (steps, values)}, values > 0; about: what a screen reader says of it.
     """
-    drawn = [pair for pair in [*curves.values(), *reference.values()] if pair[0]]
-    steps = [step for pair in drawn for step in pair[0]]
-    values = [value for pair in drawn for value in pair[1] if value > 0]
+    steps = [step for steps, _ in curves.values() for step in steps]
+    values = [value for _, values in curves.values() for value in values if value > 0]
     if not values:
         return ""
     left, right, low, high = min(steps), max(max(steps), min(steps) + 1), min(values), max(values)
@@ -97,10 +93,6 @@ def chart(curves, reference, title, about):
         y = math.log(value / low) / math.log(high / low)
         return f"{margin + x * (w - margin - legend):.1f},{h - 40 - y * (h - 80):.1f}"
 
-    def line(pair, more):
-        points = " ".join(at(*point) for point in zip(*pair) if point[1] > 0)
-        return f'<polyline points="{points}" {more}/>'
-
     parts = [f'<text x="{margin}" y="20">{title}</text>']
     for value in decades(low, high):
         x, y = at(left, value).split(",")
@@ -109,12 +101,12 @@ def chart(curves, reference, title, about):
     for step in decades(left, right):
         x = at(step, low).split(",")[0]
         parts.append(f'<text x="{x}" y="{h - 16}" text-anchor="middle">{step:,.0f}</text>')
-    parts += [line(pair, 'class="reference"') for pair in reference.values() if pair[0]]
     for i, (name, pair) in enumerate(curves.items()):
         if pair[0]:
             colour = COLOURS[i % len(COLOURS)]
-            parts.append(line(pair, f'stroke="{colour}"'))
-            parts.append(f'<text x="{w - legend + 8}" y="{60 + 28 * i}" fill="{colour}">'
+            points = " ".join(at(*point) for point in zip(*pair) if point[1] > 0)
+            parts.append(f'<polyline points="{points}" stroke="{colour}"/>'
+                         f'<text x="{w - legend + 8}" y="{60 + 28 * i}" fill="{colour}">'
                          f'{name}</text>')
     return (f'<svg viewBox="0 0 {w} {h}" width="100%" role="img" '
             f'aria-label="{html.escape(about)}">{"".join(parts)}</svg>')
@@ -155,17 +147,16 @@ def grids(out):
     return list(kept.values())[:-1], names[-1] if names else None
 
 
-def page(out, config, command, state, lines, reports, broken, reference=()):
+def page(out, config, command, state, lines, reports, broken):
     """-> the HTML of it.
 
     config: dict of settings; state: "training", "stopped" or "finished"; lines, reports: of
-    read_log; broken: names of pictures that were skipped; reference: reports of another run.
+    read_log; broken: names of pictures that were skipped.
     """
     esc, loss = html.escape, thinned([line["step"] for line in lines],
                                      [line["loss"] for line in lines])
     older, newest = grids(out)
     levels = losses_by_level(reports) if reports else {}
-    grey = losses_by_level(reference) if reference and levels else {}
     body = [f"<h1>{esc(Path(out).name)}</h1>", f"<p>{status(lines, config, state)}</p>"]
     if newest:
         body.append(f'<figure><img src="{newest}" alt="Samples at step {int(newest[5:-4]):,}">'
@@ -176,11 +167,10 @@ def page(out, config, command, state, lines, reports, broken, reference=()):
         f"<figcaption>step {int(name[5:-4]):,}</figcaption></figure>" for name in older) + "</div>")
     body.append("<h2>Is it learning?</h2><p>Losses at eight noise levels, from clean pictures (t "
                 "near 0) to noise (t near 1). They fall for longer than the loss, most of which "
-                "comes from low noise." + " Grey: <code>python train.py</code>, the drawn flowers "
-                "of 64 x 64." * bool(grey) + "</p>")
-    body.append(chart(levels, grey, "loss by noise level over steps", "; ".join(
+                "comes from low noise.</p>")
+    body.append(chart(levels, "loss by noise level over steps", "; ".join(
         fell(name, pair) for name, pair in levels.items())) or "<p>From the first grid on.</p>")
-    body.append(chart({"loss": loss}, {}, "loss over steps", fell("loss", loss)))
+    body.append(chart({"loss": loss}, "loss over steps", fell("loss", loss)))
     skipped = lines[-1]["skipped"] if lines else 0
     body.append(f"<p>{skipped} gradients were not finite and skipped. {len(broken)} pictures could "
                 f"not be read{': ' if broken else ''}{esc(', '.join(list(broken)[:5]))}"
@@ -208,7 +198,5 @@ def command_line():
 def write_page(out, config, state, broken):
     """runs/NAME/index.html from the folder of a run. Raises OSError."""
     lines, reports = read_log(Path(out, "log.jsonl"))
-    flowers = not config["data"] and config["res"] == 64 and not config["text"]
-    reference = read_log(REFERENCE)[1] if flowers and REFERENCE.exists() else ()
-    text = page(out, config, command_line(), state, lines, reports, broken, reference)
+    text = page(out, config, command_line(), state, lines, reports, broken)
     write(Path(out, "index.html"), lambda file: file.write(text.encode("utf-8", "replace")))

@@ -173,7 +173,7 @@ def conditions(options, ckpt, config, classes):
 
 
 def draw_batch(model, schedule, options, conds, numbers, res, device, folder, bar):
-    """Draw the pictures with these numbers and write them; with --film, film.png of picture 0."""
+    """Draw the pictures with these numbers and write them; with --film, two films of picture 0."""
     # Compiled, all batches must be equally large: the last draws a few more, which are not written.
     size = min(options.batch, options.n) if options.compile else len(numbers)
     drawn = range(numbers[0], numbers[0] + size)
@@ -183,11 +183,14 @@ def draw_batch(model, schedule, options, conds, numbers, res, device, folder, ba
                            options.gamma, options.guidance,
                            options.guidance_interval or (-math.inf, math.inf))
     film_steps = {round(k * (options.steps - 1) / 8) for k in range(9)}
-    frames = []                                             # z_t and x_hat of the first picture
+    frames, moving = [], []                                 # z_t and x_hat of the first picture
     for i, (z, x_hat) in enumerate(tqdm(steps, "sampling", options.steps, disable=not bar,
                                         leave=False)):      # the last x_hat: the pictures
         if options.film and 0 in numbers and i in film_steps:
             frames.append((z[:1].cpu(), x_hat[:1].cpu()))
+        if options.film and 0 in numbers and (i + 1 == options.steps
+                                              or i % -(-options.steps // 128) == 0):
+            moving.append(x_hat[:1].cpu())
 
     def pixels(x):                                          # portraits are rotated back
         return np.rot90(to_uint8(x), -1, (1, 2)) if options.portrait else to_uint8(x)
@@ -196,6 +199,7 @@ def draw_batch(model, schedule, options, conds, numbers, res, device, folder, ba
         zs, x_hats = zip(*frames)
         tiles = pixels(torch.cat([*zs, *x_hats]))           # z_t above, x_hat below
         folder.save("film.png", grid(list(tiles), len(frames)))
+        folder.save_moving("film.webp", pixels(torch.cat(moving)))
     for i, picture in zip(numbers, pixels(x_hat[:len(numbers)])):
         folder.save(f"{i:06d}.png", Image.fromarray(picture))
 

@@ -9,6 +9,7 @@
     python benchmarks/mutants.py house            conditions, command line, ranks, files, --init
     python benchmarks/mutants.py laptop           fewer and cheaper steps of sampling
     python benchmarks/mutants.py photographs      scores of photographs
+    python benchmarks/mutants.py seen             the page of a run, films
     python benchmarks/mutants.py words trainer    both
     python benchmarks/mutants.py all --jobs 4     all, four at a time
 
@@ -357,7 +358,7 @@ TRAINER = [   # what is learned, with which numbers
 ]
 
 SURVIVAL = [  # kills, signals, full disks, damage, lost ranks, compilers
-    ("checkpoint.py", 'with open(part, "wb") as file:', 'with open(path, "wb") as file:',
+    ("checkpoint.py", "with opener(part) as file:", "with opener(path) as file:",
      "write_replaces"),
     ("checkpoint.py", "            part.unlink(missing_ok=True)\n", "            pass\n",
      "write_replaces"),
@@ -843,7 +844,7 @@ HOUSE = [     # conditions, the command line, ranks, a run and its files, older 
     ("run.py", 'self.share // at_a_time if self.ranks.device.type == "cpu" and fits_too else 0',
      "0", "two_parts_or_eight"),
     ("train.py", "settings_of_started_run(config.out) or config", "config", "keep_their_network"),
-    ("checkpoint.py", 'model = build_network(**saved["network"], download=False)',
+    ("checkpoint.py", 'model = build_network(**network, download=False)',
      'from config import Config\n            model = build_network(**Config(**saved["config"]).'
      'network_settings(\n                len(saved["classes"])))', "keep_their_network"),
     ("checkpoint.py", "mini=((32, 64, 96, 192), (1, 1, 2), 8, 64, 192, 0.0",
@@ -1084,8 +1085,7 @@ SCALE = [
     ("sample.py", 'config["text_length"], download=False)', 'config["text_length"])',
      "be_downloaded"),
     ("run.py", '**saved["network"], download=False)', '**saved["network"])', "be_downloaded"),
-    ("checkpoint.py", '**saved["network"], download=False)', '**saved["network"])',
-     "be_downloaded"),
+    ("checkpoint.py", "**network, download=False)", "**network)", "be_downloaded"),
     ("data.py", "not self.all_fit() or", "", "kept_in_memory"),
     ("data.py", 'int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * (', "1 * (", "kept_in_memory"),
     ("data.py", "(loaders.num_workers if loaders else 1)", "1", "kept_in_memory"),
@@ -1096,10 +1096,49 @@ SCALE = [
     ("memory.py", 'if device_type != "cuda":', "if True:", "20_bytes"),
 ]
 
+SEEN = [        # the page of a run, films; files past the cache, quick starts
+    ("checkpoint.py", "rest = rest[self.raw.write(rest):]", "self.raw.write(rest); break",
+     "takes_a_part"),
+    ("checkpoint.py", "error.errno != errno.EINVAL or not self.direct", "True", "past_the_cache"),
+    ("checkpoint.py", "except (OSError, AttributeError):   # this", "except OSError:     # this",
+     "past_the_cache"),
+    ("checkpoint.py", "rest, self.filled = memoryview(self.block)[:self.filled], 0",
+     "rest = memoryview(self.block)[:self.filled]", "past_the_cache"),
+    ("checkpoint.py", "        if function is torch.Tensor.mul:\n            return args[0]\n", "",
+     "torchs_compiler"),
+    ("checkpoint.py", 'network = network | {"position_init": "gauss"}', "pass", "torchs_compiler"),
+    ("page.py", "int(PER_OCTAVE * math.log2(step))", "step", "mean_of_each_stretch"),
+    ("page.py", "step > 0 and value is not None and math.isfinite(value)", "step > 0",
+     "mean_of_each_stretch"),
+    ("page.py", "for part in zip(*pairs)]", "for part in [pairs[0], pairs[0]]]",
+     "mean_of_each_stretch"),
+    ("page.py", "x = math.log(step / left) / math.log(right / left)",
+     "x = (step - left) / (right - left)", "logarithmic_axes"),
+    ("page.py", "y = math.log(value / low) / math.log(high / low)",
+     "y = (value - low) / (high - low)", "logarithmic_axes"),
+    ("page.py", "h - 40 - y * (h - 80)", "40 + y * (h - 80)", "logarithmic_axes"),
+    ("page.py", '(config["steps"] - step) * config["batch"] / speed',
+     '(config["steps"] - step) / speed', "how_far_the_run_is"),
+    ("page.py", "<pre>{esc(command + longer)}", "<pre>{command + longer}", "how_far_the_run_is"),
+    ("page.py", "esc(', '.join(list(broken)[:5]))", "', '.join(list(broken)[:5])",
+     "how_far_the_run_is"),
+    ("page.py", ' * (state == "training")', "", "how_far_the_run_is"),
+    ("page.py", "names[-1] if names else None", "names[0] if names else None",
+     "how_far_the_run_is"),
+    ("page.py", "int(2 * math.log2(max(1, int(name[5:-4]))))", "name", "500_000"),
+    ("run.py", '"finished" if self.done == self.config.steps else "stopped"', '"training"',
+     "writes_its_page"),
+    ("run.py", 'self.board.add_scalar(key, line[key], self.done)', "pass", "tensorboard_gets"),
+    ("run.py", 'self.board.add_image("samples"', '(lambda *_, **__: 0)("samples"',
+     "tensorboard_gets"),
+    ("config.py", 'not find_spec("tensorboard")', "False", "without_tensorboard"),
+    ("sample.py", "or i % -(-options.steps // 128) == 0", "or i == 0", "film"),
+]
+
 
 LISTS = dict(formulas=FORMULAS, trainer=TRAINER, survival=SURVIVAL, words=WORDS, findings=FINDINGS,
              anywhere=ANYWHERE, house=HOUSE, laptop=LAPTOP, photographs=PHOTOGRAPHS,
-             scale=SCALE)
+             scale=SCALE, seen=SEEN)
 
 
 def copy_of_the_repository(folder):

@@ -115,10 +115,10 @@ def test_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on(
     unbroken = run_train(tmp_path / "unbroken", "--steps", "5", "--save-every", "1")
     honest = run.write
 
-    def write(path, write_to):
+    def write(path, write_to, opener):
         full = re.search("ckpt-0000000[34]", str(path))
         with full_disk() if full else contextlib.nullcontext():
-            honest(path, write_to)
+            honest(path, write_to, opener)
         assert not list(tmp_path.glob("run/*.part"))
     monkeypatch.setattr(run, "write", write)
     capsys.readouterr()

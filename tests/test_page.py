@@ -32,10 +32,10 @@ def write_log(folder, lines):
 
 
 def charts(text):
-    """The inline SVGs, parsed: each a list of (points, class or colour)."""
+    """The inline SVGs, parsed: each a list of (points, colour)."""
     found = re.findall(r"<svg.*?</svg>", text, re.S)
     return [[([tuple(map(float, point.split(","))) for point in line.get("points").split()],
-              line.get("class") or line.get("stroke"))
+              line.get("stroke"))
              for line in ElementTree.fromstring(svg).iter("polyline")] for svg in found]
 
 
@@ -55,7 +55,7 @@ def test_a_curve_is_the_mean_of_each_stretch_and_has_32_points_for_a_doubling():
 
 def test_points_lie_on_logarithmic_axes():
     curve = ([1, 10, 100], [1.0, .1, .001])
-    ((points, _),), = charts(page.chart({"loss": curve}, {}, "loss", "falls"))
+    ((points, _),), = charts(page.chart({"loss": curve}, "loss", "falls"))
     (x0, y0), (x1, y1), (x2, y2) = points
     assert x1 - x0 == pytest.approx(x2 - x1, abs=.2)
     assert 2 * (y1 - y0) == pytest.approx(y2 - y1, abs=.3) and y1 > y0      # SVG: down is more
@@ -86,14 +86,6 @@ def test_page_of_a_run_without_a_line_yet_is_whole(tmp_path):
     write_log(tmp_path, [])
     page.write_page(tmp_path, CONFIG, "training", {})
     assert "step 0 of 4,000" in (tmp_path / "index.html").read_text()
-
-
-def test_the_reference_is_drawn_for_the_same_pictures_alone(tmp_path):
-    write_log(tmp_path, [line(1, .9), report(50, [.5] * 8), report(100, [.4] * 8), line(100, .5)])
-    for config, grey in ((CONFIG, 8), (CONFIG | dict(res=128), 0), (CONFIG | dict(data="x"), 0)):
-        page.write_page(tmp_path, config, "training", {})
-        drawn = charts((tmp_path / "index.html").read_text())[0]
-        assert [kind for _, kind in drawn].count("reference") == grey
 
 
 def test_page_of_500_000_steps_is_small(tmp_path):

@@ -54,6 +54,14 @@ def test_film_shows_noise_become_the_first_picture(tmp_path, trained_run):
     sampling.main(["--ckpt", str(trained_run / "model.pt"), "--n", "1", "--steps", "25",
                    "--out", str(tmp_path / "long"), "--film"])
     assert Image.open(tmp_path / "long/film.png").size == (9 * w, 2 * h)
+    with Image.open(tmp_path / "long/film.webp") as moving:
+        factor = 256 // w
+        assert (moving.n_frames, moving.size) == (25, (factor * w, factor * h))
+        for frame, column in ((0, 0), (24, 8)):                 # x_hat of the first and last steps
+            moving.seek(frame)
+            shown = np.asarray(moving.convert("RGB"))[::factor, ::factor]
+            film = np.asarray(Image.open(tmp_path / "long/film.png"))
+            assert np.array_equal(shown, film[h:, column * w:(column + 1) * w])
 
 
 def test_sample_writes_grid_pngs_and_npz_the_same_on_one_rank_or_two(tmp_path, trained_run):
