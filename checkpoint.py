@@ -52,8 +52,8 @@ class Uncached(io.RawIOBase):
     """
 
     def __init__(self, path):
-        self.raw = open(path, "wb", buffering=0)
         self.block, self.filled = mmap.mmap(-1, 2**23), 0       # O_DIRECT: from whole pages
+        self.raw = open(path, "wb", buffering=0)
         self.direct = self.set_direct(True)
 
     def set_direct(self, direct):
@@ -89,8 +89,10 @@ class Uncached(io.RawIOBase):
         return self.raw.fileno()
 
     def close(self):
-        self.raw.close()
-        super().close()
+        try:
+            super().close()                 # flushes
+        finally:
+            self.raw.close()
 
 
 def write(path, write_to, opener=partial(open, mode="wb")):
@@ -205,11 +207,12 @@ class NoInitialWeights(TorchFunctionMode):
     """Saves a second: on the meta device, random initial weights would load torch's compiler."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.nn.init.normal_:
+        kwargs = kwargs or {}
+        if function is torch.nn.init.normal_ and kwargs["tensor"].is_meta:
             return kwargs["tensor"]
-        if function is torch.Tensor.mul:
+        if function is torch.Tensor.mul and args[0].is_meta:
             return args[0]
-        return (torch.empty if function is torch.randn else function)(*args, **(kwargs or {}))
+        return (torch.empty if function is torch.randn else function)(*args, **kwargs)
 
 
 def load_model(path, device):
@@ -471,7 +474,7 @@ class SampleFolder:
         write(self.out / name, lambda file: image.save(file, "PNG"))
 
     def save_moving(self, name, frames):
-        """An animated WEBP of frames (N, H, W, 3), enlarged to 256 pixels; it stays on the last."""
+        """An animated WEBP of frames (H, W, 3), enlarged to 256 pixels or more."""
         factor = -(-256 // max(frames[0].shape))
         images = [Image.fromarray(f).resize((f.shape[1] * factor, f.shape[0] * factor),
                                             Image.Resampling.NEAREST) for f in frames]

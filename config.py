@@ -90,7 +90,6 @@ class Config:
                                   "else by time)", least=1, may_change=True)
     save_minutes: float = flag(15.0, "minutes between checkpoints at most", least=.01, most=1e6,
                                may_change=True)
-
     tensorboard: bool = flag(False, "also log for TensorBoard (pip install tensorboard)",
                              may_change=True)
 

@@ -4,6 +4,7 @@
 from the disk. A curve has 32 points for each doubling of the steps, so that the page of a run of a
 month is as small as that of an hour.
 """
+import contextlib
 import html
 import json
 import math
@@ -26,12 +27,16 @@ body { background: var(--back); color: var(--text); font: 16px/1.5 system-ui, sa
        max-width: 60rem; margin: 1rem auto; padding: 0 1rem; }
 img, svg { max-width: 100%; height: auto; }
 figure { margin: 1rem 0; } figcaption { font-size: .9rem; }
-.strip figure { display: inline-block; width: 8rem; margin: .2rem; } .strip img { width: 100%; }
+.newest img { min-width: min(100%, 40rem); }
+.strip figure { display: inline-block; width: 8rem; margin: .2rem; }
+.strip img { width: 100%; }
 svg { font: 13px system-ui, sans-serif; fill: var(--text); }
 @media (max-width: 40rem) { svg { font-size: 22px; } }
-svg polyline { fill: none; stroke-width: 2; vector-effect: non-scaling-stroke; } .axis { stroke: var(--faint); stroke-width: 1; }
+svg polyline { fill: none; stroke-width: 2; stroke-linecap: round;
+               vector-effect: non-scaling-stroke; }
+.axis { stroke: var(--faint); stroke-width: 1; }
 code, pre { font-size: .9rem; overflow-wrap: anywhere; white-space: pre-wrap; }
-@media (prefers-color-scheme: dark) { svg polyline { filter: brightness(1.5); } }
+@media (prefers-color-scheme: dark) { .curve { filter: brightness(1.6); } }
 """
 
 
@@ -40,8 +45,8 @@ code, pre { font-size: .9rem; overflow-wrap: anywhere; white-space: pre-wrap; }
 def read_log(file):
     """log.jsonl -> its lines, dicts: those of the training, those of reports (noise levels)."""
     lines = []
-    for line in Path(file).read_text(encoding="utf-8").splitlines():
-        if line.endswith("}"):              # the last one may have been cut short
+    for line in Path(file).read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):       # the last one may have been cut short
             lines.append(json.loads(line))
     return ([line for line in lines if "loss" in line],
             [line for line in lines if "loss_by_noise_level" in line])
@@ -104,10 +109,11 @@ def chart(curves, title, about):
     for i, (name, pair) in enumerate(curves.items()):
         if pair[0]:
             colour = COLOURS[i % len(COLOURS)]
-            points = " ".join(at(*point) for point in zip(*pair) if point[1] > 0)
-            parts.append(f'<polyline points="{points}" stroke="{colour}"/>'
+            points = [at(*point) for point in zip(*pair) if point[1] > 0]
+            points = " ".join(points * 2 if len(points) == 1 else points)       # 1: a dot
+            parts.append(f'<g class="curve"><polyline points="{points}" stroke="{colour}"/>'
                          f'<text x="{w - legend + 8}" y="{60 + 28 * i}" fill="{colour}">'
-                         f'{name}</text>')
+                         f'{name}</text></g>')
     return (f'<svg viewBox="0 0 {w} {h}" width="100%" role="img" '
             f'aria-label="{html.escape(about)}">{"".join(parts)}</svg>')
 
@@ -134,7 +140,8 @@ def status(lines, config, state):
     parts = [f"step {step:,} of {config['steps']:,}"]
     if speeds:
         speed = sum(speeds) / len(speeds)
-        parts.append(f"{speed:,.0f} pictures a second")
+        parts.append(f"{speed:,.0f} pictures a second" if speed >= 10 else
+                     f"{speed:.1f} pictures a second")
         if state == "training":
             parts.append(time_left((config["steps"] - step) * config["batch"] / speed))
     return " · ".join([f"<strong>{state}</strong>", *parts, time.strftime("%d %B %Y, %H:%M:%S")])
@@ -142,7 +149,8 @@ def status(lines, config, state):
 
 def grids(out):
     """Names of the older grids, at most two for each doubling of the steps, and of the newest."""
-    names = sorted(file.name for file in Path(out).glob("grid-*.png"))
+    names = [file.name for file in Path(out).glob("grid-*.png") if file.name[5:-4].isdecimal()]
+    names.sort(key=lambda name: int(name[5:-4]))
     kept = {int(2 * math.log2(max(1, int(name[5:-4])))): name for name in names}
     return list(kept.values())[:-1], names[-1] if names else None
 
@@ -150,8 +158,8 @@ def grids(out):
 def page(out, config, command, state, lines, reports, broken):
     """-> the HTML of it.
 
-    config: dict of settings; state: "training", "stopped" or "finished"; lines, reports: of
-    read_log; broken: names of pictures that were skipped.
+    config: dict of settings; state: "training", "stopped", "finished" or "failed"; lines, reports:
+    of read_log; broken: names of files that were skipped.
     """
     esc, loss = html.escape, thinned([line["step"] for line in lines],
                                      [line["loss"] for line in lines])
@@ -159,9 +167,10 @@ def page(out, config, command, state, lines, reports, broken):
     levels = losses_by_level(reports) if reports else {}
     body = [f"<h1>{esc(Path(out).name)}</h1>", f"<p>{status(lines, config, state)}</p>"]
     if newest:
-        body.append(f'<figure><img src="{newest}" alt="Samples at step {int(newest[5:-4]):,}">'
-                    f"<figcaption>Samples of the averaged weights at step {int(newest[5:-4]):,}, "
-                    "without guidance, from the same noise as earlier ones</figcaption></figure>")
+        at = f"{int(newest[5:-4]):,}"
+        body.append(f'<figure class="newest"><img src="{newest}" alt="Samples at step {at}">'
+                    f"<figcaption>Samples of the averaged weights at step {at}, without guidance, "
+                    "from the same noise as earlier ones</figcaption></figure>")
     body.append('<div class="strip">' + "".join(
         f'<figure><a href="{name}"><img src="{name}" loading="lazy" alt="Samples"></a>'
         f"<figcaption>step {int(name[5:-4]):,}</figcaption></figure>" for name in older) + "</div>")
@@ -177,8 +186,10 @@ def page(out, config, command, state, lines, reports, broken):
                 f"{', ... (broken.txt)' if len(broken) > 5 else ''}.</p>")
     longer = f" --steps {2 * config['steps']}" * (state == "finished")
     body.append(f"<h2>Go on</h2><p>{'Train for longer' if longer else 'The same command resumes'}:"
-                f"</p><pre>{esc(command + longer)}</pre><p>Draw pictures:</p>"
-                f"<pre>python sample.py --ckpt {esc(str(out))}/model.pt</pre>")
+                f"</p><pre>{esc(command + longer)}</pre>")
+    if newest:
+        draw = f"python sample.py --ckpt {shlex.quote(str(Path(out, 'model.pt')))}"
+        body.append(f"<p>Draw pictures:</p><pre>{esc(draw)}</pre>")
     settings = "\n".join(f"{name} = {value}" for name, value in config.items())
     body.append(f"<details><summary>Settings</summary><pre>{esc(settings)}</pre></details>")
     refresh = f'<meta http-equiv="refresh" content="{REFRESH}">' * (state == "training")
@@ -189,10 +200,11 @@ def page(out, config, command, state, lines, reports, broken):
 
 
 def command_line():
-    """How this process was started, for the shell."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    by = f"torchrun --nproc_per_node={ranks} " if ranks > 1 else "python "
-    return by + shlex.join(sys.argv)
+    """How this process was started, for the shell; of several machines, on this one."""
+    here, world = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    by = f"torchrun --nproc_per_node={here} " if here > 1 else "python "
+    nodes = "--nnodes=... --node-rank=... --master-addr=... " * (world > here)
+    return by + nodes + shlex.join(sys.argv)
 
 
 def write_page(out, config, state, broken):

@@ -152,6 +152,7 @@ class Run:
         self.total = torch.zeros(2, device=ranks.device)    # sum and number of losses since a line
         self.skipped, self.in_a_row, self.most_in_a_row = torch.zeros(3, device=ranks.device)
         self.writing, self.copies = None, None      # a save that a thread writes; what it writes
+        self.watched, self.board = False, None      # whether there is a page; TensorBoard's writer
         self.exits = ExitStack()
 
     def __enter__(self):
@@ -171,6 +172,8 @@ class Run:
         return self
 
     def __exit__(self, *error):
+        if self.watched and error[0]:
+            self.write_page("failed")
         self.exits.close()
 
     # -- the folder
@@ -214,7 +217,7 @@ class Run:
     def remove_leftovers(self):
         """Of a killed process: log lines after the checkpoint, half-written files."""
         trim(self.log, self.done)
-        for pattern in (CHECKPOINTS, "model.pt", "grid*.png", "listing-*.pt"):
+        for pattern in (CHECKPOINTS, "model.pt", "grid*.png", "listing-*.pt", "index.html"):
             for part in self.out.glob(pattern + ".part"):
                 part.unlink()
 
@@ -340,7 +343,10 @@ class Run:
         self.exits.callback(self.bar.close)
         self.clock, self.logged = time.perf_counter(), self.done
         self.save_clock, self.page_clock, self.page_took = time.monotonic(), 0.0, 0.0
-        self.board = self.tensorboard() if first and config.tensorboard else None
+        if first:
+            self.watched = True
+            self.write_page("training")
+            self.to_tensorboard(self.open_tensorboard)
         self.news = torch.zeros((), pin_memory=self.ranks.device.type == "cuda")
         self.model.train()
         if self.missed_report:
@@ -377,7 +383,7 @@ class Run:
               f"{parts} of {self.share // self.num_parts} ({self.why}).\n"
               f"Everything goes to {self.out}/; its grid.png shows samples {often}. "
               f"Stop at any time: the same command resumes.\nA page to watch it in a browser: "
-              f"file://{(self.out / 'index.html').absolute()}", flush=True)
+              f"{(self.out / 'index.html').absolute().as_uri()}", flush=True)
 
     def start_loader(self):
         config, cuda = self.config, self.ranks.device.type == "cuda"
@@ -450,14 +456,14 @@ class Run:
             self.report()
 
     def say_how_it_ended(self):
-        if self.ranks.is_first:
-            self.write_page("finished" if self.done == self.config.steps else "stopped")
         if self.ranks.is_first and self.broken:
             print(f"{len(self.broken)} of {len(self.dataset.names)} pictures could not be read and "
                   f"were skipped: {self.out}/broken.txt")
         if not self.ranks.from_first(self.last_save_is_written()):
             fail(f"step {self.done}: not saved; the last good checkpoint is {self.last_good()}, "
                  "and the same command goes on from there", code=1)
+        if self.ranks.is_first:
+            self.write_page("finished" if self.done == self.config.steps else "stopped")
         if self.ranks.is_first and self.done < self.config.steps:
             print(f"stopped and saved at step {self.done}: the same command goes on")
         elif self.ranks.is_first:
@@ -514,24 +520,32 @@ class Run:
             self.attempt(self.name_broken)
             self.attempt(lambda: append(self.log, json.dumps({      # JSON knows no NaN
                 key: value if math.isfinite(value) else None for key, value in line.items()})))
-            for key in ("loss", "norm", "lr", "images_per_second") if self.board else ():
-                self.board.add_scalar(key, line[key], self.done)
+            self.to_tensorboard(lambda: [self.board.add_scalar(key, line[key], self.done) for key in
+                                         ("loss", "norm", "lr", "images_per_second")])
             if time.monotonic() - self.page_clock > max(10, 300 * self.page_took):
                 self.write_page("training")     # at most 0.3% of the time
         self.total.zero_()
         self.clock, self.logged = time.perf_counter(), self.done
 
     def write_page(self, state):
-        start = time.monotonic()
-        self.attempt(partial(write_page, self.out, vars(self.config), state, self.broken))
+        start, named = time.monotonic(), sorted(self.named)
+        self.attempt(partial(write_page, self.out, vars(self.config), state, named))
         self.page_clock = time.monotonic()
         self.page_took = self.page_clock - start
 
-    def tensorboard(self):
+    def open_tensorboard(self):
         from torch.utils.tensorboard import SummaryWriter
-        board = SummaryWriter(self.out, purge_step=self.done + 1)
-        self.exits.callback(board.close)
-        return board
+        self.board = SummaryWriter(self.out, purge_step=self.done + 1)
+        self.exits.callback(self.to_tensorboard, lambda: self.board.close())
+
+    def to_tensorboard(self, write):
+        """With --tensorboard: call write(). After an OSError, such as a full disk, no more."""
+        if self.config.tensorboard and (self.board or write == self.open_tensorboard):
+            try:
+                write()
+            except OSError as error:
+                tqdm.write(f"step {self.done}: nothing more for TensorBoard ({error})")
+                self.board = None
 
     def is_time_to_save(self):
         """By the first rank's clock, and never while the last save is being written."""
@@ -562,6 +576,7 @@ class Run:
                        seconds=self.seconds, skipped=int(self.skipped),
                        at_a_time=self.share // self.num_parts)
         self.saved_at, self.save_clock = self.done, time.monotonic()
+        self.to_tensorboard(lambda: self.board.flush())
         if first:
             if not shard:                       # else it is copied already
                 content = self.copies = host_copy(content, self.copies)
@@ -611,10 +626,10 @@ class Run:
 
         self.attempt(write_files)
         self.write_page("training")
-        if self.board:
-            self.board.add_image("samples", np.asarray(sheet), self.done, dataformats="HWC")
-            for level, loss in enumerate(losses):
-                self.board.add_scalar(f"loss_by_noise_level/{level}", loss, self.done)
+        self.to_tensorboard(lambda: [
+            self.board.add_image("samples", np.asarray(sheet), self.done, dataformats="HWC"),
+            *(self.board.add_scalar(f"loss_by_noise_level/{level}", loss, self.done)
+              for level, loss in enumerate(losses))])
 
     def losses_by_noise_level(self):
         """The eps loss with weight 1 on the first 16 pictures, at times 1/16, 3/16, ..., 15/16."""

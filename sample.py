@@ -184,22 +184,22 @@ def draw_batch(model, schedule, options, conds, numbers, res, device, folder, ba
                            options.guidance_interval or (-math.inf, math.inf))
     film_steps = {round(k * (options.steps - 1) / 8) for k in range(9)}
     frames, moving = [], []                                 # z_t and x_hat of the first picture
+
+    def pixels(x):                                          # portraits are rotated back
+        return np.rot90(to_uint8(x), -1, (1, 2)) if options.portrait else to_uint8(x)
+
     for i, (z, x_hat) in enumerate(tqdm(steps, "sampling", options.steps, disable=not bar,
                                         leave=False)):      # the last x_hat: the pictures
         if options.film and 0 in numbers and i in film_steps:
             frames.append((z[:1].cpu(), x_hat[:1].cpu()))
         if options.film and 0 in numbers and (i + 1 == options.steps
                                               or i % -(-options.steps // 128) == 0):
-            moving.append(x_hat[:1].cpu())
-
-    def pixels(x):                                          # portraits are rotated back
-        return np.rot90(to_uint8(x), -1, (1, 2)) if options.portrait else to_uint8(x)
-
+            moving.append(pixels(x_hat[:1])[0])
     if frames:
         zs, x_hats = zip(*frames)
         tiles = pixels(torch.cat([*zs, *x_hats]))           # z_t above, x_hat below
         folder.save("film.png", grid(list(tiles), len(frames)))
-        folder.save_moving("film.webp", pixels(torch.cat(moving)))
+        folder.save_moving("film.webp", moving)
     for i, picture in zip(numbers, pixels(x_hat[:len(numbers)])):
         folder.save(f"{i:06d}.png", Image.fromarray(picture))
 

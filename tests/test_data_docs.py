@@ -57,14 +57,14 @@ def run(tmp_path, monkeypatch):
 RED, BLUE = (250, 0, 0), (0, 0, 250)
 
 
-def test_hugging_face(tmp_path, run):
+def test_hugging_face(tmp_path, run, monkeypatch):
     datasets = pytest.importorskip("datasets")
     for name, colour in (("cat", RED), ("dog", BLUE)):
         (tmp_path / "hf" / name).mkdir(parents=True)
         (tmp_path / "hf" / name / "a.png").write_bytes(picture(colour))
     assert 'load_dataset("DATASET", split="train")' in HUGGING_FACE
     script = HUGGING_FACE.replace('"DATASET"', f'"imagefolder", data_dir={str(tmp_path / "hf")!r}')
-    datasets.config.HF_DATASETS_CACHE = tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     assert run(script) == ({"cat/0000000.png": ("cat", RED), "dog/0000001.png": ("dog", BLUE)}, {})
 
 
@@ -84,11 +84,11 @@ def test_torchvision(run, monkeypatch):
 def test_webdataset(tmp_path, run):
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards/0.tar").write_bytes(tar({
-        "a.png": picture(RED), "a.cls": b"7\n", "b.cls": b"3", "b.png": picture(BLUE)}))
+        "x/a.b.PNG": picture(RED), "x/a.cls": b"7\n", "y/a.cls": b"3", "y/a.PNG": picture(BLUE)}))
     (tmp_path / "shards/1.tar").write_bytes(tar({
         "x/a.png": picture(BLUE), "x/a.txt": b"a blue square", "x/a.json": b"{}"}))
-    assert run(WEBDATASET) == ({"7/0-a.png": ("7", RED), "3/0-b.png": ("3", BLUE),
-                                "1-a.png": (None, BLUE)}, {"1-a.txt": "a blue square"})
+    assert run(WEBDATASET) == ({"7/0-x-a.png": ("7", RED), "3/0-y-a.png": ("3", BLUE),
+                                "1-x-a.png": (None, BLUE)}, {"1-x-a.txt": "a blue square"})
 
 
 def test_imagenet_and_smaller(tmp_path, run):

@@ -119,7 +119,7 @@ def test_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on(
         full = re.search("ckpt-0000000[34]", str(path))
         with full_disk() if full else contextlib.nullcontext():
             honest(path, write_to, opener)
-        assert not list(tmp_path.glob("run/*.part"))
+        assert not list(tmp_path.glob("run/*.pt.part"))
     monkeypatch.setattr(run, "write", write)
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:             # the last save fails: nothing is done yet

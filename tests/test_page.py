@@ -1,4 +1,4 @@
-"""The page of a run: what it says, that it is small, and that a browser shows it without a network."""
+"""The page of a run: what it says, that it is small, that a browser shows it without a network."""
 import json
 import math
 import re
@@ -9,7 +9,9 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
+import cli
 import page
+import run
 import train
 from tests.helpers import one_line, run_train
 
@@ -64,8 +66,8 @@ def test_points_lie_on_logarithmic_axes():
 def test_page_says_how_far_the_run_is_and_what_to_type(tmp_path):
     out = write_log(tmp_path / "a<b>", [line(1, .9), report(50, [.5] * 8), line(1000, .1),
                                         report(1000, [.2, None] + [.1] * 6), line(2000, .05)])
-    for step in (50, 1000):
-        (out / f"grid-{step:07d}.png").write_bytes(b"")
+    for name in ("0000050", "0001000", "best", "0002000 (copy)"):       # two are the user's own
+        (out / f"grid-{name}.png").write_bytes(b"")
     lines, reports = page.read_log(out / "log.jsonl")
     text = page.page(out, CONFIG, "python train.py --data 'x & y'", "training", lines, reports,
                      {"<i>.png": "cut short"})
@@ -76,8 +78,9 @@ def test_page_says_how_far_the_run_is_and_what_to_type(tmp_path):
     assert 'src="grid-0001000.png" alt="Samples at step 1,000"' in text
     assert "grid-0000050.png" in text and "loss from 0.9 at step 1 to 0.05 at step 2000" in text
     assert [len(curves) for curves in charts(text)] == [8, 1]
-    assert len(charts(text)[0][1][0]) == 1          # the report that had no finite loss
-    for state, words in (("stopped", "The same command resumes"), ("finished", "--steps 8000")):
+    assert charts(text)[0][1][0] == 2 * charts(text)[0][1][0][:1]      # a dot: one finite loss
+    for state, words in (("failed", "same command resumes"), ("stopped", "same command resumes"),
+                         ("finished", "--steps 8000")):
         text = page.page(out, CONFIG, "python train.py", state, lines, reports, {})
         assert "http-equiv" not in text and words in text
 
@@ -113,10 +116,26 @@ def test_tensorboard_gets_scalars_and_grids(tmp_path, little):
     run_train(tmp_path / "run", "--steps", 4, "--log-every", 1, "--sample-every", 2,
               "--tensorboard")
     events = EventAccumulator(str(tmp_path / "run")).Reload()
-    logged = [json.loads(text) for text in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    losses = {part["step"]: part["loss"] for part in logged if "loss" in part}
+    losses = {part["step"]: part["loss"] for part in page.read_log(tmp_path / "run/log.jsonl")[0]}
     assert {event.step: event.value for event in events.Scalars("loss")} == pytest.approx(losses)
     assert [event.step for event in events.Images("samples")] == [2, 4]
+
+
+def test_a_full_disk_ends_what_is_written_for_tensorboard_alone(tmp_path, little, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    assert run_train(tmp_path / "run", "--steps", 2, "--tensorboard")["step"] == 2
+
+
+def test_the_page_of_a_run_that_fails_says_so(tmp_path, little, monkeypatch):
+    monkeypatch.setattr(run.Run, "save", lambda self: cli.fail("weights are no longer finite"))
+    with pytest.raises(SystemExit):
+        run_train(tmp_path / "run", "--steps", 2)
+    assert "<strong>failed</strong>" in (tmp_path / "run" / "index.html").read_text()
 
 
 def test_without_tensorboard_a_line_says_what_to_install(tmp_path, little, monkeypatch, capsys):
@@ -128,21 +147,24 @@ def test_without_tensorboard_a_line_says_what_to_install(tmp_path, little, monke
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium")
 @pytest.mark.parametrize("width", [360, 900])
 def test_a_browser_shows_it_from_the_disk_without_a_request_or_an_error(tmp_path, width):
-    out = write_log(tmp_path / "run", [line(1, .9), report(50, [.5] * 8), line(100, .1),
-                                       report(100, [.4] * 8)])
+    out = write_log(tmp_path / "run", [report(50, [.5 / 2**level for level in range(8)]),
+                                       report(100, [.4 / 2**level for level in range(8)])])
     from PIL import Image
     Image.new("RGB", (400, 200), (250, 0, 250)).save(out / "grid-0000100.png")
     page.write_page(out, CONFIG, "finished", {})
     done = subprocess.run(
         ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
          "--disable-background-networking", "--disable-component-update", "--disable-sync",
-         "--hide-scrollbars", "--enable-logging=stderr", "--v=0", f"--window-size={width},1400",
+         "--hide-scrollbars", "--enable-logging=stderr", f"--window-size={width},1400",
          f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={tmp_path / 'net.json'}",
          f"--screenshot={tmp_path / 'shot.png'}", f"file://{out}/index.html"],
         capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in done.stderr
     asked = re.findall(r'"url":"(http[^"]*)"', (tmp_path / "net.json").read_text())
-    assert not [url for url in asked if ".google.com/" not in url]      # Chromium's own
+    own = ".google.com/", ".googleapis.com/", ".gvt1.com/"              # of Chromium itself
+    assert not [url for url in asked if not any(site in url for site in own)]
     shot = np.asarray(Image.open(tmp_path / "shot.png").convert("RGB")).astype(int)
     assert (abs(shot - (250, 0, 250)).sum(2) < 30).sum() > 10_000       # the grid
-    assert (abs(shot - (31, 95, 168)).sum(2) < 60).sum() > 50           # the first curve
+    for colour in page.COLOURS:             # each curve
+        red_green_blue = [int(colour[k:k + 2], 16) for k in (1, 3, 5)]
+        assert (abs(shot - red_green_blue).sum(2) < 60).sum() > 50

@@ -1,6 +1,5 @@
 """When checkpoints are due; a thread writes copies of them while training goes on."""
 import os
-import pathlib
 import threading
 import time
 from types import SimpleNamespace
@@ -137,24 +136,44 @@ def test_a_host_copy_is_apart_and_its_memory_is_used_again():
 def test_a_file_past_the_cache_is_the_file_that_open_writes(tmp_path, monkeypatch, size, on):
     if on == "a system without O_DIRECT":
         monkeypatch.setattr(checkpoint, "fcntl", None)
+    if on == "a disk without O_DIRECT":
+        monkeypatch.setattr(checkpoint, "fcntl", SimpleNamespace(
+            F_GETFL=0, F_SETFL=0, fcntl=always(OSError(22, "Invalid argument"))))
     content = torch.randint(256, (size,), dtype=torch.uint8).numpy().tobytes()
-    folder = pathlib.Path("/dev/shm") if on == "a disk without O_DIRECT" else tmp_path
-    if not folder.is_dir():
-        pytest.skip("no /dev/shm")
-    path = folder / f"simple-diffusion-{os.getpid()}"
+    path = tmp_path / "file"
 
     def fill(file):
         for start in range(0, size, 3_000_001):
             assert file.write(content[start:start + 3_000_001]) == \
                 len(content[start:start + 3_000_001])
+    checkpoint.write(path, fill, checkpoint.Uncached)
+    assert path.read_bytes() == content
+    tensors = dict(a=torch.randn(3, 5), b=torch.arange(2_500_000))
+    checkpoint.write(path, lambda file: torch.save(tensors, file), checkpoint.Uncached)
+    assert_same_bits(torch.load(path), tensors)
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="no O_DIRECT on this system")
+def test_blocks_pass_the_cache_where_the_disk_allows_it(tmp_path):
+    probe = os.open(tmp_path / "probe", os.O_WRONLY | os.O_CREAT)
     try:
-        checkpoint.write(path, fill, checkpoint.Uncached)
-        assert path.read_bytes() == content
-        tensors = dict(a=torch.randn(3, 5), b=torch.arange(2_500_000))
-        checkpoint.write(path, lambda file: torch.save(tensors, file), checkpoint.Uncached)
-        assert_same_bits(torch.load(path), tensors)
-    finally:
-        path.unlink(missing_ok=True)
+        checkpoint.fcntl.fcntl(probe, checkpoint.fcntl.F_SETFL, os.O_DIRECT)
+    except OSError:
+        pytest.skip("not on this disk")
+    with checkpoint.Uncached(tmp_path / "file") as file:
+        flags = checkpoint.fcntl.fcntl(file.raw, checkpoint.fcntl.F_GETFL)
+        assert file.direct and flags & os.O_DIRECT
+        file.write(b"the end is written when the file is closed")
+    assert (tmp_path / "file").read_bytes() == b"the end is written when the file is closed"
+
+
+def test_what_fills_a_file_past_the_cache_may_fail_with_words_of_its_own(tmp_path):
+    def fill(file):
+        file.write(b"some")
+        raise RuntimeError("of its own")
+    with pytest.raises(RuntimeError, match="of its own"):
+        checkpoint.write(tmp_path / "file", fill, checkpoint.Uncached)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_error_of_the_disk_is_raised_past_the_cache_too(tmp_path):
