@@ -318,8 +318,8 @@ def each_once(work, flags, count):
     finish([*ranks(count), script, *flags, 72, "--out", out], work / "log")
     lines = [line.split() for file in watched.iterdir() for line in file.read_text().splitlines()]
     numbers = sorted(int(n) for n, _ in lines)
-    for n in range(16):                     # each process also reads these once, for its reports
-        for _ in range(2 + count):
+    for n in range(16):     # each process also reads these for its reports, the first rank of each
+        for _ in range(2 + count + 2):      # command once more, to see whether pictures are there
             numbers.remove(n)
     assert numbers == list(range(72 * 4)), "a picture twice, or skipped"
     files = {int(n): name for n, name in lines}
