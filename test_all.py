@@ -949,12 +949,12 @@ def test_stopped_and_resumed_run_equals_an_unbroken_one_to_the_last_bit(tmp_path
     assert losses[0] == losses[1] and len(losses[0]) == 4
 
 
-def test_run_writes_two_checkpoints_a_model_a_log_and_grids(tmp_path, little, monkeypatch):
+def test_run_writes_two_checkpoints_a_model_a_log_grids_and_a_page(tmp_path, little, monkeypatch):
     monkeypatch.setattr(run, "REPORT_STEPS", 3)
     run_train(tmp_path, "--steps", 3, "--save-every", 1, "--sample-every", 2)
     assert sorted(file.name for file in tmp_path.iterdir()) == [
         "ckpt-00000002.pt", "ckpt-00000003.pt", "grid-0000002.png", "grid-0000003.png", "grid.png",
-        "log.jsonl", "model.pt"]
+        "index.html", "log.jsonl", "model.pt"]
     assert Image.open(tmp_path / "grid.png").size == (10 * 32, 4 * 32)      # 10 classes
     reports = log_lines(tmp_path, "loss_by_noise_level")
     assert [line["step"] for line in reports] == [2, 3]

@@ -228,7 +228,7 @@ def test_only_files_of_the_run_are_read_or_removed(tmp_path, little, capsys):
     train.main([*SMALL, "--out", str(tmp_path / "run"), "--steps", "4", "--save-every", "1"])
     assert sorted(file.name for file in (tmp_path / "run").iterdir()) == \
         ["ckpt-00000003.pt", "ckpt-00000004.pt", "ckpt-best.pt", "ckpt-last.pt", "film.iso.part",
-         "log.jsonl", "model.pt"]
+         "index.html", "log.jsonl", "model.pt"]
     (tmp_path / "other").mkdir()
     (tmp_path / "other/log.jsonl").write_text("my diary\n")
     error = one_line(capsys, train.main, [*SMALL, "--out", tmp_path / "other"])
@@ -341,7 +341,7 @@ def test_files_of_format_2_load(tmp_path, settings, classes, make):
     assert torch.equal(v_hat, again(z, logsnr, cond))
 
 
-NEW_SETTINGS = {"largest_map", "coarsest", "follow_links", "save_minutes"}
+NEW_SETTINGS = {"largest_map", "coarsest", "follow_links", "save_minutes", "tensorboard"}
 
 
 def test_settings_of_format_2_mean_the_same_in_todays_words(tmp_path):

@@ -48,7 +48,7 @@ def test_sigterm_and_ctrl_c_save_and_leave_with_code_0_within_one_step(tmp_path,
     assert f"stopped and saved at step {step}: the same command goes on" in process.said()
     wait_for(lambda: not processes(tmp_path), seconds=120)
     assert sorted(file.name for file in tmp_path.iterdir()) == \
-        [f"ckpt-{step:08d}.pt", "log.jsonl", "model.pt"]
+        [f"ckpt-{step:08d}.pt", "index.html", "log.jsonl", "model.pt"]
     run_script(*command)
     assert_same_run(unbroken("one process"), tmp_path)
 
