@@ -19,6 +19,7 @@ from memory import checkpointable_blocks, recompute_blocks
 from schedule import mean_side
 
 PARENT = os.getppid()           # under torchrun: torchrun, while it lives
+CONNECT_SECONDS = 30            # to reach torchrun on this machine; after that it is gone
 
 
 # ---------------------------------------------------------------------------- devices, compiler
@@ -89,7 +90,8 @@ class Ranks:
             # torchrun --max-restarts: a restarted rank must not find the addresses of before
             # (pytorch #135712). Several nodes count restarts apart: they need --node-rank.
             agent = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
-                                  is_master=False)
+                                  is_master=False, timeout=timedelta(seconds=CONNECT_SECONDS))
+            agent.set_timeout(timeout)
             restarts = os.environ["TORCHELASTIC_RESTART_COUNT"]
             store = dist.PrefixStore(f"restart {restarts}", agent)
         nccl = self.device.type == "cuda"

@@ -1109,6 +1109,7 @@ SEEN = [        # the page of a run, films; files past the cache, quick starts
     ("checkpoint.py", "super().close()                 # flushes", "pass", "pass_the_cache"),
     ("page.py", " if file.name[5:-4].isdecimal()", "", "how_far_the_run_is"),
     ("page.py", "points * 2 if len(points) == 1 else points", "points", "how_far_the_run_is"),
+    ("ranks.py", ", timeout=timedelta(seconds=CONNECT_SECONDS))", ")", "torchrun_died"),
     ("run.py", "if self.watched and error[0]:", "if False:", "fails_says_so"),
     ("run.py", 'tqdm.write(f"step {self.done}: nothing more for TensorBoard ({error})")', "raise",
      "for_tensorboard_alone"),

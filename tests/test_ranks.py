@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -124,6 +125,7 @@ def test_sigterm_to_one_of_two_sharded_ranks_ends_their_report_together(tmp_path
     script = tmp_path / "stopped.py"
     script.write_text(BEGIN + """
 import signal
+import socket
 import run, train
 honest = run.sampling_steps
 def stopped_meanwhile(*args):
@@ -330,3 +332,18 @@ def test_a_gathered_copy_does_not_change_with_what_was_gathered():
     tree["state"][0]["step"] += 1
     assert copy["weights"].tolist() == [1, 1, 1] and copy["state"][0]["step"] == 1
     assert copy["lr"] == .1 and same["weights"] is tree["weights"]
+
+
+def test_a_rank_whose_torchrun_died_while_it_started_ends_soon(monkeypatch):
+    with socket.socket() as probe:          # a port that nobody listens on
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for name, value in dict(RANK=0, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, MASTER_ADDR="127.0.0.1",
+                            MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="True",
+                            TORCHELASTIC_RESTART_COUNT=0).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(ranks, "CONNECT_SECONDS", 1)
+    start = time.time()
+    with pytest.raises(RuntimeError):
+        ranks.Ranks().join(timeout=30)      # minutes
+    assert time.time() - start < 60
