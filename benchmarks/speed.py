@@ -94,7 +94,10 @@ def ours(res=64, shape=SHAPE):
 
 def ddp_uvit(**shape):
     """The U-ViT of denoising-diffusion-pytorch: its file alone, the package imports much more."""
-    found = importlib.util.find_spec("denoising_diffusion_pytorch").submodule_search_locations[0]
+    spec = importlib.util.find_spec("denoising_diffusion_pytorch")
+    if spec is None:
+        raise ImportError("needs pip install denoising-diffusion-pytorch")
+    found = spec.submodule_search_locations[0]
     spec = importlib.util.spec_from_file_location("other", Path(found, "simple_diffusion.py"))
     other = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(other)
