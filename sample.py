@@ -182,7 +182,8 @@ def draw_batch(model, schedule, options, conds, numbers, res, device, folder, ba
     steps = sampling_steps(model, schedule, new_noise, options.steps, cond, options.sampler,
                            options.gamma, options.guidance,
                            options.guidance_interval or (-math.inf, math.inf))
-    film_steps = {round(k * (options.steps - 1) / 8) for k in range(9)}
+    film_steps, webp_steps = ({round(k * (options.steps - 1) / (frames - 1)) for k in range(frames)}
+                              for frames in (9, 128))
     frames, moving = [], []                                 # z_t and x_hat of the first picture
 
     def pixels(x):                                          # portraits are rotated back
@@ -192,8 +193,7 @@ def draw_batch(model, schedule, options, conds, numbers, res, device, folder, ba
                                         leave=False)):      # the last x_hat: the pictures
         if options.film and 0 in numbers and i in film_steps:
             frames.append((z[:1].cpu(), x_hat[:1].cpu()))
-        if options.film and 0 in numbers and (i + 1 == options.steps
-                                              or i % -(-options.steps // 128) == 0):
+        if options.film and 0 in numbers and i in webp_steps:
             moving.append(pixels(x_hat[:1])[0])
     if frames:
         zs, x_hats = zip(*frames)

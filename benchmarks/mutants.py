@@ -618,7 +618,7 @@ FINDINGS = [  # scores, ablations, the paper's arguments, the film
      "score_asks"),
     ("sample.py", "frames.append((z[:1].cpu(), x_hat[:1].cpu()))",
      "frames.append((x_hat[:1].cpu(), z[:1].cpu()))", "film_shows"),
-    ("sample.py", "(options.steps - 1) / 8", "(options.steps - 1) / 9", "film_shows"),
+    ("sample.py", "(options.steps - 1) / (frames - 1)", "options.steps / frames", "film_shows"),
     ("sample.py", "0 in numbers and i in film_steps:", "i in film_steps:", "film_shows"),
     ("checkpoint.py", "return not self.film or 0 not in numbers or", "return True or",
      "film_shows"),
@@ -1139,7 +1139,7 @@ SEEN = [        # the page of a run, films; files past the cache, quick starts
     ("run.py", 'self.board.add_image("samples"', '(lambda *_, **__: 0)("samples"',
      "tensorboard_gets"),
     ("config.py", 'not find_spec("tensorboard")', "False", "without_tensorboard"),
-    ("sample.py", "or i % -(-options.steps // 128) == 0", "or i == 0", "film"),
+    ("sample.py", "for frames in (9, 128)", "for frames in (9, 9)", "film"),
 ]
 
 
