@@ -400,7 +400,7 @@ class SampleFolder:
         others, in an --out     refused, as is a folder with pictures but without settings.json
     """
 
-    BEFORE = dict(guidance_interval=[-99, 99], portrait=False, schedule=None,
+    BEFORE = dict(between=None, guidance_interval=[-99, 99], portrait=False, schedule=None,
                   spacing="t")              # of older files
 
     def __init__(self, options, res, ckpt, ranks):

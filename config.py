@@ -219,6 +219,9 @@ class SamplingOptions:
     portrait: bool = flag(False, "upright pictures, from a model trained with --portrait")
     film: bool = flag(False, "also z_t and x_hat of the first picture, step by step: film.png, "
                       "film.webp (moving)")
+    between: tuple[int, int] | None = flag(
+        None, "walk from picture A to picture B of the same command; film.webp shows it",
+        metavar=("A", "B"))
     seed: int = flag(0, "same seed, same pictures", least=0, most=2**63)
     batch: int | None = flag(None, "pictures at a time (default: 16; 4 on a CPU)", least=1,
                              most=10_000)
@@ -258,4 +261,10 @@ def parse_sampling(argv):
         low, high = options.guidance_interval
         if low > high:
             fail(f"--guidance-interval {low} {high}: the first must be the lower")
+    if options.between:
+        if min(options.between) < 0 or options.n < 2:
+            fail("--between {} {}: needs two numbers from 0 on, and --n of 2 or more".format(
+                *options.between))
+        if options.film or options.guidance_interval:
+            fail("--between: not together with --film or --guidance-interval")
     return options

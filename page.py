@@ -18,6 +18,8 @@ from checkpoint import write
 
 PER_OCTAVE = 32                             # points of a curve for each doubling of the steps
 REFRESH = 30                                # seconds
+REFERENCE = Path(__file__).parent / "assets" / "reference.jsonl"    # the log of `python train.py`
+COMPARABLE = dict(data="", res=64, text="", schedule="shifted", noise_d=32)   # runs that show it
 COLOURS = "#1f5fa8", "#b3401f", "#2c8a4b", "#8a5a2c", "#7a3f9d", "#c08a1e", "#555555", "#d0608f"
 
 STYLE = """
@@ -67,7 +69,8 @@ def thinned(steps, values):
 
 def losses_by_level(reports):
     """{"t = 0.06": (steps, losses), ...} of the reports of a log."""
-    steps, levels = [line["step"] for line in reports], len(reports[0]["loss_by_noise_level"])
+    steps = [line["step"] for line in reports]
+    levels = len(reports[0]["loss_by_noise_level"]) if reports else 0
     return {f"t = {(level + .5) / levels:.2f}":
             thinned(steps, [line["loss_by_noise_level"][level] for line in reports])
             for level in range(levels)}
@@ -80,13 +83,15 @@ def decades(low, high):
     return powers if len(powers) > 1 else [low, high]
 
 
-def chart(curves, title, about):
+def chart(curves, title, about, behind=None):
     """Curves on logarithmic axes as inline SVG.
 
-    curves: {name: (steps, values)}, values > 0; about: what a screen reader says of it.
+    curves: {name: (steps, values)}, values > 0; about: what a screen reader says of it; behind:
+    more curves, in grey.
     """
-    steps = [step for steps, _ in curves.values() for step in steps]
-    values = [value for _, values in curves.values() for value in values if value > 0]
+    pairs = [*curves.values(), *(behind or {}).values()]
+    steps = [step for steps, _ in pairs for step in steps]
+    values = [value for _, values in pairs for value in values if value > 0]
     if not values:
         return ""
     left, right, low, high = min(steps), max(max(steps), min(steps) + 1), min(values), max(values)
@@ -106,11 +111,16 @@ def chart(curves, title, about):
     for step in decades(left, right):
         x = at(step, low).split(",")[0]
         parts.append(f'<text x="{x}" y="{h - 16}" text-anchor="middle">{step:,.0f}</text>')
+
+    def points_of(pair):
+        points = [at(*point) for point in zip(*pair) if point[1] > 0]
+        return " ".join(points * 2 if len(points) == 1 else points)             # 1: a dot
+
+    for pair in (behind or {}).values():
+        parts.append(f'<polyline class="axis" points="{points_of(pair)}"/>')
     for i, (name, pair) in enumerate(curves.items()):
         if pair[0]:
-            colour = COLOURS[i % len(COLOURS)]
-            points = [at(*point) for point in zip(*pair) if point[1] > 0]
-            points = " ".join(points * 2 if len(points) == 1 else points)       # 1: a dot
+            colour, points = COLOURS[i % len(COLOURS)], points_of(pair)
             parts.append(f'<g class="curve"><polyline points="{points}" stroke="{colour}"/>'
                          f'<text x="{w - legend + 8}" y="{60 + 28 * i}" fill="{colour}">'
                          f'{name}</text></g>')
@@ -164,7 +174,10 @@ def page(out, config, command, state, lines, reports, broken):
     esc, loss = html.escape, thinned([line["step"] for line in lines],
                                      [line["loss"] for line in lines])
     older, newest = grids(out)
-    levels = losses_by_level(reports) if reports else {}
+    levels, reference = losses_by_level(reports), {}
+    if levels and COMPARABLE.items() <= config.items() and REFERENCE.exists():
+        reference = losses_by_level([report for report in read_log(REFERENCE)[1]
+                                     if report["step"] <= config["steps"]])
     body = [f"<h1>{esc(Path(out).name)}</h1>", f"<p>{status(lines, config, state)}</p>"]
     if newest:
         at = f"{int(newest[5:-4]):,}"
@@ -176,9 +189,11 @@ def page(out, config, command, state, lines, reports, broken):
         f"<figcaption>step {int(name[5:-4]):,}</figcaption></figure>" for name in older) + "</div>")
     body.append("<h2>Is it learning?</h2><p>Losses at eight noise levels, from clean pictures (t "
                 "near 0) to noise (t near 1). They fall for longer than the loss, most of which "
-                "comes from low noise.</p>")
-    body.append(chart(levels, "loss by noise level over steps", "; ".join(
-        fell(name, pair) for name, pair in levels.items())) or "<p>From the first grid on.</p>")
+                "comes from low noise." + " In grey: a whole run of <code>python train.py</code>."
+                * bool(reference) + "</p>")
+    about = "; ".join(fell(name, pair) for name, pair in levels.items())
+    body.append(chart(levels, "loss by noise level over steps", about, reference)
+                or "<p>From the first grid on.</p>")
     body.append(chart({"loss": loss}, "loss over steps", fell("loss", loss)))
     skipped = lines[-1]["skipped"] if lines else 0
     body.append(f"<p>{skipped} gradients were not finite and skipped. {len(broken)} pictures could "

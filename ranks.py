@@ -4,10 +4,12 @@ A rank is one process of a run, started by torchrun, usually one per GPU. Withou
 one, and everything here works for it, too. Gradients travel by NCCL or gloo. What ranks have to
 agree on goes through `control`, a gloo group of its own, so that it never waits for a GPU.
 """
+import hashlib
 import os
 import signal
 import socket
 import time
+import uuid
 from contextlib import nullcontext
 from datetime import timedelta
 
@@ -66,6 +68,25 @@ def compile_options(device):
 
 # ---------------------------------------------------------------------------- ranks
 
+def store_of_those_here(store, rank, world, timeout):
+    """torchrun's store -> a part of it for the ranks that meet now. Raises RuntimeError.
+
+    torchrun --max-restarts keeps its store: a restarted rank would find the addresses of ranks that
+    have ended (pytorch #135712), and the other nodes' ranks may be yet to restart. So each rank
+    leaves a number of its own there, and all wait until they see the same numbers.
+    """
+    end = time.time() + timeout.total_seconds()
+    store.set(f"number {rank}", uuid.uuid4().hex)
+    while time.time() < end:
+        numbers = store.multi_get([f"number {other}" for other in range(world)])    # of all: waits
+        seen = hashlib.sha256(b"".join(numbers)).hexdigest()
+        store.set(f"seen {rank}", seen)
+        if set(store.multi_get([f"seen {other}" for other in range(world)])) == {seen.encode()}:
+            return dist.PrefixStore(seen, store)
+        time.sleep(.1 + world / 1000)
+    raise RuntimeError("they did not start at the same time")
+
+
 class Ranks:
     """This process among the ranks of a run: `rank` of `world`, its `device`. Raises ValueError if
     it has no GPU of its own.
@@ -85,15 +106,11 @@ class Ranks:
         find out, through `probe`, which one that is.
         """
         timeout, store = timedelta(minutes=timeout), None
-        if os.environ.get("LOCAL_WORLD_SIZE") == str(self.world) and \
-                os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # torchrun --max-restarts: a restarted rank must not find the addresses of before
-            # (pytorch #135712). Several nodes count restarts apart: they need --node-rank.
-            agent = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
-                                  is_master=False, timeout=timedelta(seconds=CONNECT_SECONDS))
-            agent.set_timeout(timeout)
-            restarts = os.environ["TORCHELASTIC_RESTART_COUNT"]
-            store = dist.PrefixStore(f"restart {restarts}", agent)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            torchruns = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
+                                      is_master=False, timeout=timedelta(seconds=CONNECT_SECONDS))
+            torchruns.set_timeout(timeout)
+            store = store_of_those_here(torchruns, self.rank, self.world, timeout)
         nccl = self.device.type == "cuda"
         dist.init_process_group("nccl" if nccl else "gloo", store=store, rank=self.rank,
                                 world_size=self.world, timeout=timeout if nccl else .8 * timeout)

@@ -172,15 +172,36 @@ def conditions(options, ckpt, config, classes):
     return [Condition(classes.index(label) if label in classes else int(label), portrait, [])]
 
 
+def walk(model, options, conds, numbers, res, device):
+    """Not in the paper: steps of a walk between two pictures (--between A B) -> model, new_noise.
+
+    Step i of 0 to n - 1 is at f = i / (n - 1). Its noise is cos(f pi / 2) a + sin(f pi / 2) b, of
+    unit variance for independent a and b; its v_hat goes from that of A's condition to B's.
+    """
+    f = torch.tensor([i / (options.n - 1) for i in numbers], device=device)[:, None, None, None]
+    noise_a, noise_b = (picture_noise(options.seed, [end], res, device) for end in options.between)
+    ends = [to_device(stacked([conds[end % len(conds)]] * len(numbers)), device)
+            for end in options.between]
+
+    def mixed(z, logsnr, _):
+        v_a, v_b = (guided(model, z, logsnr, cond, options.guidance) for cond in ends)
+        return (1 - f) * v_a + f * v_b
+
+    angle = f * math.pi / 2
+    return mixed, lambda: torch.cos(angle) * noise_a() + torch.sin(angle) * noise_b()
+
+
 def draw_batch(model, schedule, options, conds, numbers, res, device, folder, bar):
     """Draw the pictures with these numbers and write them; with --film, two films of picture 0."""
     # Compiled, all batches must be equally large: the last draws a few more, which are not written.
     size = min(options.batch, options.n) if options.compile else len(numbers)
     drawn = range(numbers[0], numbers[0] + size)
     cond = to_device(stacked([conds[i % len(conds)] for i in drawn]), device)
-    new_noise = picture_noise(options.seed, drawn, res, device)
+    new_noise, guidance = picture_noise(options.seed, drawn, res, device), options.guidance
+    if options.between:
+        (model, new_noise), guidance = walk(model, options, conds, drawn, res, device), 1
     steps = sampling_steps(model, schedule, new_noise, options.steps, cond, options.sampler,
-                           options.gamma, options.guidance,
+                           options.gamma, guidance,
                            options.guidance_interval or (-math.inf, math.inf))
     film_steps, webp_steps = ({round(k * (options.steps - 1) / (frames - 1)) for k in range(frames)}
                               for frames in (9, 128))
@@ -216,8 +237,11 @@ def draw_all(model, schedule, options, conds, res, ranks, folder):
     if ranks.is_first:
         # A column per class or caption, if there are 2 to 12; else a square. At most ten rows.
         columns = len(conds) if 1 < len(conds) <= 12 else round(min(options.n, 100) ** .5)
+        columns = 10 if options.between else columns
         shown = [folder.read(i) for i in range(min(options.n, 10 * columns))]
         folder.save("grid.png", grid(shown, columns))
+        if options.between:
+            folder.save_moving("film.webp", shown)
         folder.save_npz()                   # for evaluators of FID
 
 

@@ -204,6 +204,10 @@ WRONG_SAMPLES = [
     ("--guidance-interval 1 x", "--guidance-interval x: must be a finite number"),
     ("--guidance-interval 1", "--guidance-interval expected 2 arguments"),
     ("--guidance-interval 5 -3", "--guidance-interval 5.0 -3.0: the first must be the lower"),
+    ("--between 0", "--between expected 2 arguments"),
+    ("--n 3 --between 0 -1", "--between 0 -1: needs two numbers from 0 on, and --n of 2 or more"),
+    ("--n 3 --between 0 1 --film", "--between: not together with --film or --guidance-interval"),
+    ("--n 3 --between 0 1 --guidance-interval -3 5", "--between: not together with --film or --g"),
     ("--guidance 1 --guidance-interval -3 5", "--guidance-interval: needs a --guidance other than"),
     ("--ckpt {tmp}/plain.pt --guidance-interval -3 5", "--guidance-interval: needs a --guidance")]
 

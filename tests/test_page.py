@@ -85,6 +85,32 @@ def test_page_says_how_far_the_run_is_and_what_to_type(tmp_path):
         assert "http-equiv" not in text and words in text
 
 
+def test_reference_run_is_grey_behind_a_run_on_the_same_pictures_and_noise(tmp_path, monkeypatch):
+    reference = write_log(tmp_path / "reference", [report(50, [.8] * 8), report(1000, [.1] * 8),
+                                                   report(4000, [.01] * 8)]) / "log.jsonl"
+    monkeypatch.setattr(page, "REFERENCE", reference)
+    flowers = dict(data="", res=64, text="", schedule="shifted", noise_d=32, batch=16)
+    reports = [report(50, [.8] * 8), report(1000, [.2] * 8)]
+
+    def curves(reports, steps=2000, **settings):
+        text = page.page(tmp_path, flowers | settings | dict(steps=steps), "", "training", [],
+                         reports, {})
+        return charts(text)[0] if charts(text) else []
+
+    drawn = curves(reports)
+    grey, coloured = drawn[:8], drawn[8:]
+    assert {colour for _, colour in grey} == {None} and None not in {c for _, c in coloured}
+    for (behind, _), (points, _) in zip(grey, coloured, strict=True):   # to step 1,000 of 2,000
+        assert behind[0] == points[0] and behind[1][0] == points[1][0]
+        assert behind[1][1] > points[1][1]                              # SVG: lower is further down
+    assert len(curves([report(30, [.8] * 8)], steps=30)) == 8           # too short for it
+    for other in (dict(data="photos"), dict(res=128), dict(schedule="cosine"), dict(noise_d=64)):
+        assert len(curves(reports, **other)) == 8
+    assert not curves([])
+    monkeypatch.setattr(page, "REFERENCE", tmp_path / "nowhere")
+    assert len(curves(reports)) == 8
+
+
 def test_page_of_a_run_without_a_line_yet_is_whole(tmp_path):
     write_log(tmp_path, [])
     page.write_page(tmp_path, CONFIG, "training", {})

@@ -8,11 +8,14 @@ import signal
 import socket
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 import checkpoint
@@ -89,6 +92,26 @@ sys.exit(restarts == 0)
 """)
     run_script(*TORCHRUN, "--nproc_per_node=1", "--max-restarts=1", script)
     assert [(tmp_path / f"found-{i}").read_text() for i in (0, 1)] == [str([False, False])] * 2
+
+
+def test_ranks_that_restart_wait_for_those_that_have_yet_to():
+    store, minute = dist.HashStore(), timedelta(minutes=1)
+
+    def arrive(rank):
+        return pool.submit(ranks.store_of_those_here, store, rank, 2, minute)
+
+    with ThreadPoolExecutor() as pool:
+        before = [rank.result() for rank in [arrive(0), arrive(1)]]
+        before[1].set("address", "of a rank that died")
+        assert before[0].get("address") == b"of a rank that died"
+        first = arrive(0)                   # the number of the dead rank 1 is still there
+        time.sleep(1)
+        assert not first.done()
+        after = [rank.result() for rank in [first, arrive(1)]]
+    after[0].set("there", "0")
+    assert after[1].check(["there"]) and not after[1].check(["address"])
+    with pytest.raises(RuntimeError, match="same time"):
+        ranks.store_of_those_here(store, 0, 2, timedelta(seconds=.2))
 
 
 @pytest.mark.parametrize("lost, fate, seconds", [([2], "pass", 10), ([1, 2], "pass", 10),

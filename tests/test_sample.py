@@ -1,6 +1,7 @@
 """sample.py as a program."""
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import ranks
 import run
 import sample as sampling
 import schedule
+import uvit
 from noise import picture_noise
 from tests.helpers import (HERE, PYTHON, TORCHRUN, condition, full_disk, one_line, run_script,
                            run_train)
@@ -62,6 +64,40 @@ def test_film_shows_noise_become_the_first_picture(tmp_path, trained_run):
             shown = np.asarray(moving.convert("RGB"))[::factor, ::factor]
             film = np.asarray(Image.open(tmp_path / "long/film.png"))
             assert np.array_equal(shown, film[h:, column * w:(column + 1) * w])
+
+
+def test_walk_mixes_noise_on_a_circle_and_v_hat_on_a_line():
+    options = SimpleNamespace(between=[4, 7], n=3, seed=5, guidance=1)
+    conds = [uvit.Condition(label, 0, []) for label in (2, 6)]      # pictures 4 and 7: 2 and 6
+
+    def labels(z, logsnr, cond):
+        return cond.label[:, None, None, None].expand_as(z)
+
+    mixed, new_noise = sampling.walk(labels, options, conds, [0, 1, 2], 16,
+                                    torch.device("cpu"))
+    plain = picture_noise(5, [4, 7], 16, "cpu")
+    for _ in range(2):                                              # each step has noise of its own
+        (a, b), found = plain(), new_noise()
+        torch.testing.assert_close(found, torch.stack([a, (a + b) / 2**.5, b]), atol=1e-6, rtol=0)
+    assert mixed(found, None, None).mean((1, 2, 3)).tolist() == [2, 4, 6]
+
+
+def test_walk_begins_and_ends_with_the_pictures_it_joins(tmp_path, trained_run):
+    flags = ["--ckpt", str(trained_run / "model.pt"), "--steps", "4", "--guidance", "2", "--bf16",
+             "off"]
+    sampling.main([*flags, "--n", "6", "--out", str(tmp_path / "plain")])
+    sampling.main([*flags, "--n", "5", "--between", "1", "5", "--out", str(tmp_path / "walk")])
+    plain, walk = (np.load(tmp_path / name / "samples.npz")["arr_0"].astype(int)
+                   for name in ("plain", "walk"))
+    for at, number in ((0, 1), (-1, 5)):
+        assert np.abs(walk[at] - plain[number]).max() <= 2          # rounding
+    steps = np.abs(np.diff(walk, axis=0)).mean((1, 2, 3))
+    assert steps.min() > 0 and steps.max() < np.abs(walk[0] - walk[-1]).mean()
+    with Image.open(tmp_path / "walk/film.webp") as moving:
+        assert moving.n_frames == 5
+    before = pngs(tmp_path / "walk")
+    sampling.main([*flags, "--n", "5", "--between", "1", "5", "--out", str(tmp_path / "walk")])
+    assert pngs(tmp_path / "walk") == before
 
 
 def test_sample_writes_grid_pngs_and_npz_the_same_on_one_rank_or_two(tmp_path, trained_run):
