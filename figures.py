@@ -99,17 +99,17 @@ def figure_3():
     sheet = Image.new("RGB", (strip.width + 12 + beside.width, strip.height), "white")
     sheet.paste(strip, (0, 0))
     sheet.paste(beside, (strip.width + 12, 0))
-    save(sheet, ASSETS / "figure3.webp")
+    return sheet
 
 
 def figure_5():
     """logsnr over t at 512 x 512."""
     t = torch.linspace(0, 1, 400)
-    save(plot({"cosine": (t, logsnr_cosine(t), "#333333"),
-               "shifted to 256": (t, logsnr_shifted(t, 512, 256), COLOURS[0]),
-               "shifted to 32": (t, logsnr_shifted(t, 512, 32), COLOURS[1]),
-               "interpolated 32 to 256": (t, logsnr_interpolated(t, 512), COLOURS[2])},
-              (600, 360), (0, 1), (-25, 25), "logsnr over t, 512 x 512"), ASSETS / "figure5.webp")
+    return plot({"cosine": (t, logsnr_cosine(t), "#333333"),
+                 "shifted to 256": (t, logsnr_shifted(t, 512, 256), COLOURS[0]),
+                 "shifted to 32": (t, logsnr_shifted(t, 512, 32), COLOURS[1]),
+                 "interpolated 32 to 256": (t, logsnr_interpolated(t, 512), COLOURS[2])},
+                (600, 360), (0, 1), (-25, 25), "logsnr over t, 512 x 512")
 
 
 def figure_7():
@@ -136,7 +136,7 @@ def figure_7():
     sheet = Image.new("RGB", (256 + 24 + 256 + 24 + 268, 268), "white")
     for left, part in ((0, to_pixels(x[0])), (280, bands), (560, channels)):
         sheet.paste(Image.fromarray(part), (left, 6 if part.shape[0] == 256 else 0))
-    save(sheet, ASSETS / "figure7.webp")
+    return sheet
 
 
 def curves(folder):
@@ -185,10 +185,10 @@ def main(arguments):
     if what not in ("all", "schedule", "wavelet") or rest:
         fail("usage: python figures.py [schedule | wavelet | curves FOLDER | sizes RES]")
     if what in ("all", "schedule"):
-        figure_3()
-        figure_5()
+        save(figure_3(), ASSETS / "figure3.webp")
+        save(figure_5(), ASSETS / "figure5.webp")
     if what in ("all", "wavelet"):
-        figure_7()
+        save(figure_7(), ASSETS / "figure7.webp")
 
 
 if __name__ == "__main__":

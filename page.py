@@ -37,6 +37,7 @@ svg { font: 13px system-ui, sans-serif; fill: var(--text); }
 svg polyline { fill: none; stroke-width: 2; stroke-linecap: round;
                vector-effect: non-scaling-stroke; }
 .axis { stroke: var(--faint); stroke-width: 1; }
+.reference { stroke: var(--faint); stroke-width: 4; }
 code, pre { font-size: .9rem; overflow-wrap: anywhere; white-space: pre-wrap; }
 @media (prefers-color-scheme: dark) { .curve { filter: brightness(1.6); } }
 """
@@ -83,19 +84,19 @@ def decades(low, high):
     return powers if len(powers) > 1 else [low, high]
 
 
-def chart(curves, title, about, behind=None):
+def chart(curves, title, about, last=0, behind=None):
     """Curves on logarithmic axes as inline SVG.
 
-    curves: {name: (steps, values)}, values > 0; about: what a screen reader says of it; behind:
-    more curves, in grey.
+    curves: {name: (steps, values)}, values > 0; about: what a screen reader says of it; last: step
+    up to which the axis goes at least; behind: more curves, in grey.
     """
     pairs = [*curves.values(), *(behind or {}).values()]
     steps = [step for steps, _ in pairs for step in steps]
     values = [value for _, values in pairs for value in values if value > 0]
     if not values:
         return ""
-    left, right, low, high = min(steps), max(max(steps), min(steps) + 1), min(values), max(values)
-    high = max(high, 1.01 * low)
+    left, right = min(steps), max(*steps, last, min(steps) + 1)
+    low, high = min(values), max(*values, 1.01 * min(values))
     w, h, margin, legend = 640, 400, 70, 100
 
     def at(step, value):
@@ -113,15 +114,16 @@ def chart(curves, title, about, behind=None):
         parts.append(f'<text x="{x}" y="{h - 16}" text-anchor="middle">{step:,.0f}</text>')
 
     def points_of(pair):
-        points = [at(*point) for point in zip(*pair) if point[1] > 0]
-        return " ".join(points * 2 if len(points) == 1 else points)             # 1: a dot
+        return [at(*point) for point in zip(*pair) if point[1] > 0]
 
     for pair in (behind or {}).values():
-        parts.append(f'<polyline class="axis" points="{points_of(pair)}"/>')
+        parts.append(f'<polyline class="reference" points="{" ".join(points_of(pair))}"/>')
     for i, (name, pair) in enumerate(curves.items()):
         if pair[0]:
             colour, points = COLOURS[i % len(COLOURS)], points_of(pair)
-            parts.append(f'<g class="curve"><polyline points="{points}" stroke="{colour}"/>'
+            dot = ' style="stroke-width: 8"' * (len(points) == 1)
+            points = " ".join(points * (2 if dot else 1))           # twice the same: a dot
+            parts.append(f'<g class="curve"><polyline points="{points}" stroke="{colour}"{dot}/>'
                          f'<text x="{w - legend + 8}" y="{60 + 28 * i}" fill="{colour}">'
                          f'{name}</text></g>')
     return (f'<svg viewBox="0 0 {w} {h}" width="100%" role="img" '
@@ -192,9 +194,9 @@ def page(out, config, command, state, lines, reports, broken):
                 "comes from low noise." + " In grey: a whole run of <code>python train.py</code>."
                 * bool(reference) + "</p>")
     about = "; ".join(fell(name, pair) for name, pair in levels.items())
-    body.append(chart(levels, "loss by noise level over steps", about, reference)
+    body.append(chart(levels, "loss by noise level over steps", about, config["steps"], reference)
                 or "<p>From the first grid on.</p>")
-    body.append(chart({"loss": loss}, "loss over steps", fell("loss", loss)))
+    body.append(chart({"loss": loss}, "loss over steps", fell("loss", loss), config["steps"]))
     skipped = lines[-1]["skipped"] if lines else 0
     body.append(f"<p>{skipped} gradients were not finite and skipped. {len(broken)} pictures could "
                 f"not be read{': ' if broken else ''}{esc(', '.join(list(broken)[:5]))}"

@@ -1111,7 +1111,7 @@ SEEN = [        # the page of a run, films; files past the cache, quick starts
     ("checkpoint.py", "flags | os.O_DIRECT * direct", "flags", "pass_the_cache"),
     ("checkpoint.py", "super().close()                 # flushes", "pass", "pass_the_cache"),
     ("page.py", " if file.name[5:-4].isdecimal()", "", "how_far_the_run_is"),
-    ("page.py", "points * 2 if len(points) == 1 else points", "points", "how_far_the_run_is"),
+    ("page.py", 'points * (2 if dot else 1)', 'points', "how_far_the_run_is"),
     ("ranks.py", ", timeout=timedelta(seconds=CONNECT_SECONDS))", ")", "torchrun_died"),
     ("run.py", "if self.watched and error[0]:", "if False:", "fails_says_so"),
     ("run.py", 'tqdm.write(f"step {self.done}: nothing more for TensorBoard ({error})")', "raise",
@@ -1152,6 +1152,15 @@ SEEN = [        # the page of a run, films; files past the cache, quick starts
     ("config.py", "min(options.between) < 0 or ", "", "wrong_call_of_sample"),
     ("page.py", "COMPARABLE.items() <= config.items() and ", "", "reference_run"),
     ("page.py", 'if report["step"] <= config["steps"]', "", "reference_run"),
+    ("docs/annotate.py", " if i not in of_docstring]", "]", "page_holds_the_prose"),
+    ("docs/annotate.py", "if isinstance(part, ast.FunctionDef) and ast.get_docstring(part)]",
+     "if False]", "page_holds_the_prose"),
+    ("docs/annotate.py", "{title}{prose(docstring)}", "{title}", "page_holds_the_prose"),
+    ("docs/annotate.py", "sorted(FORMULAS, key=len, reverse=True)", "sorted(FORMULAS, key=len)[1:]",
+     "set_as_mathematics"),
+    ("docs/annotate.py", "os.path.relpath(HERE / \"assets\", folder)", "'assets'", "links_and_fig"),
+    ("page.py", "max(*steps, last, min(steps) + 1)", "max(*steps, min(steps) + 1)",
+     "logarithmic_axes"),
 ]
 
 

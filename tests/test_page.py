@@ -61,6 +61,8 @@ def test_points_lie_on_logarithmic_axes():
     (x0, y0), (x1, y1), (x2, y2) = points
     assert x1 - x0 == pytest.approx(x2 - x1, abs=.2)
     assert 2 * (y1 - y0) == pytest.approx(y2 - y1, abs=.3) and y1 > y0      # SVG: down is more
+    ((longer, _),), = charts(page.chart({"loss": curve}, "loss", "falls", 1000))
+    assert longer[0][0] == x0 and 3 * (longer[1][0] - x0) == pytest.approx(x2 - x0, abs=.3)
 
 
 def test_page_says_how_far_the_run_is_and_what_to_type(tmp_path):
