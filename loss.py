@@ -32,7 +32,8 @@ def multiscale_mse(error, coarsest=32):
     L^{s x s} = 1/s^2 || D_s[eps - eps_hat] ||^2, where D_s averages down to s x s:
     this multiplies the variance of a white error by (s/d)^2 and leaves a smooth error as it is.
     error: eps - eps_hat, or v - v_hat, (B, C, H, W) -> scalar, a mean over batch and channels.
-    s = d, then halves >= coarsest (the paper: 32); d = sqrt(H W). 384 x 640: 496, 248, 124, 62.
+    Here s = d, d / 2, d / 4, ... down to coarsest (the paper's 32) or the last above it, with
+    d = sqrt(H W): for 384 x 640 about 496, 248, 124, 62.
     """
     s = (error.shape[-2] * error.shape[-1]) ** 0.5
     loss = error.square().mean() / s                    # the mean over pixels is the 1/s^2

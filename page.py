@@ -156,7 +156,8 @@ def status(lines, config, state):
                      f"{speed:.1f} pictures a second")
         if state == "training":
             parts.append(time_left((config["steps"] - step) * config["batch"] / speed))
-    return " · ".join([f"<strong>{state}</strong>", *parts, time.strftime("%d %B %Y, %H:%M:%S")])
+    at = time.strftime("%d %B %Y, %H:%M:%S")
+    return " · ".join([f"<strong>{state}</strong>", *parts, f"last update: {at}"])
 
 
 def grids(out):
@@ -180,33 +181,40 @@ def page(out, config, command, state, lines, reports, broken):
     if levels and COMPARABLE.items() <= config.items() and REFERENCE.exists():
         reference = losses_by_level([report for report in read_log(REFERENCE)[1]
                                      if report["step"] <= config["steps"]])
-    body = [f"<h1>{esc(Path(out).name)}</h1>", f"<p>{status(lines, config, state)}</p>"]
+    data = config["data"] or "flowers drawn by a formula"
+    body = [f"<h1>{esc(Path(out).name)}</h1>", f"<p>{status(lines, config, state)}</p>",
+            f"<p>Network <code>{config['model']}</code>, pictures of {config['res']} pixels: "
+            f"{esc(data)}</p>"]
     if newest:
         at = f"{int(newest[5:-4]):,}"
         body.append(f'<figure class="newest"><img src="{newest}" alt="Samples at step {at}">'
-                    f"<figcaption>Samples of the averaged weights at step {at}, without guidance, "
-                    "from the same noise as earlier ones</figcaption></figure>")
+                    f"<figcaption>Samples at step {at}, by the averaged weights (EMA), without "
+                    "guidance. Each place has the same noise as in earlier grids."
+                    "</figcaption></figure>")
     body.append('<div class="strip">' + "".join(
         f'<figure><a href="{name}"><img src="{name}" loading="lazy" alt="Samples"></a>'
         f"<figcaption>step {int(name[5:-4]):,}</figcaption></figure>" for name in older) + "</div>")
-    body.append("<h2>Is it learning?</h2><p>Losses at eight noise levels, from clean pictures (t "
-                "near 0) to noise (t near 1). They fall for longer than the loss, most of which "
-                "comes from low noise." + " In grey: a whole run of <code>python train.py</code>."
-                * bool(reference) + "</p>")
+    body.append("<h2>Is it learning?</h2><p>It is while these curves fall: losses of the averaged "
+                "weights on 16 training pictures, from little noise (t near 0) to nearly pure "
+                "noise (t near 1). Both axes are logarithmic."
+                + " Grey: a whole run of <code>python train.py</code>." * bool(reference) + "</p>")
     about = "; ".join(fell(name, pair) for name, pair in levels.items())
     body.append(chart(levels, "loss by noise level over steps", about, config["steps"], reference)
                 or "<p>From the first grid on.</p>")
-    body.append(chart({"loss": loss}, "loss over steps", fell("loss", loss), config["steps"]))
+    body.append("<p>The training loss looks flat sooner, since most of it comes from little noise."
+                "</p>" + chart({"loss": loss}, "loss over steps", fell("loss", loss),
+                               config["steps"]))
     skipped = lines[-1]["skipped"] if lines else 0
-    body.append(f"<p>{skipped} gradients were not finite and skipped. {len(broken)} pictures could "
-                f"not be read{': ' if broken else ''}{esc(', '.join(list(broken)[:5]))}"
+    body.append(f"<p>Left out: {skipped} gradients that were not finite, {len(broken)} pictures "
+                f"that could not be read{': ' if broken else ''}{esc(', '.join(list(broken)[:5]))}"
                 f"{', ... (broken.txt)' if len(broken) > 5 else ''}.</p>")
     longer = f" --steps {2 * config['steps']}" * (state == "finished")
-    body.append(f"<h2>Go on</h2><p>{'Train for longer' if longer else 'The same command resumes'}:"
-                f"</p><pre>{esc(command + longer)}</pre>")
+    body.append(f"<h2>Go on</h2><p>"
+                f"{'To train for longer' if longer else 'If it stopped, this command resumes'}:</p>"
+                f"<pre>{esc(command + longer)}</pre>")
     if newest:
         draw = f"python sample.py --ckpt {shlex.quote(str(Path(out, 'model.pt')))}"
-        body.append(f"<p>Draw pictures:</p><pre>{esc(draw)}</pre>")
+        body.append(f"<p>To draw pictures, now or later, into samples/:</p><pre>{esc(draw)}</pre>")
     settings = "\n".join(f"{name} = {value}" for name, value in config.items())
     body.append(f"<details><summary>Settings</summary><pre>{esc(settings)}</pre></details>")
     refresh = f'<meta http-equiv="refresh" content="{REFRESH}">' * (state == "training")

@@ -4,11 +4,11 @@ Sampling goes from unit noise at t = 1 down a uniform grid of times to t = 0; fo
 command takes the logsnrs of `asinh_spacing` instead. A step from t to s < t calls the network
 once, for x_hat, and draws z_s from z_t and x_hat. The last step returns x_hat.
 
-    sampler     takes x_hat      adds noise
-    ancestral   of t             yes          the paper's
-    ddim        of t             no           DDIM (Song et al., 2021)
-    dpm         of mid-step      no           DPM-Solver++(2M) (Lu et al., 2022)
-    sde         of mid-step      yes          its variant with noise, SDE-DPM-Solver++(2M)
+    sampler     x_hat                      adds noise
+    ancestral   at t                       yes          the paper's
+    ddim        at t                       no           DDIM (Song et al., 2021)
+    dpm         extrapolated to mid-step   no           DPM-Solver++(2M) (Lu et al., 2022)
+    sde         extrapolated to mid-step   yes          its variant with noise, SDE-DPM-Solver++(2M)
 """
 import math
 import signal
@@ -55,21 +55,21 @@ def ddim_step(z, x_hat, logsnr_t, logsnr_s):
 def x_mid_step(x_hat, logsnr_t, logsnr_s, x_hat_before, logsnr_before):
     """x_hat at the middle of the step t -> s in logsnr, extrapolated from the step before.
 
-    Not in the paper (Lu et al., 2022). A DDIM step is exact if x_hat is constant during it, and so,
-    in distribution, is an ancestral step with gamma = 0. With x_hat of the middle the error is of
-    second order, as by the midpoint rule: DPM-Solver++(2M) and SDE-DPM-Solver++(2M).
+    From Lu et al., 2022; not in the paper. If x_hat is constant during a step, DDIM is exact, and
+    an ancestral step with gamma = 0 is exact in distribution. With x_hat of the middle the error is
+    of second order, as by the midpoint rule: DPM-Solver++(2M) and SDE-DPM-Solver++(2M).
     """
     ratio = (logsnr_s - logsnr_t) / (logsnr_t - logsnr_before)
     return x_hat + ratio[:, None, None, None] / 2 * (x_hat - x_hat_before)
 
 
 def asinh_spacing(schedule, d, first=-2.3, last=9.0, width=3.0):
-    """Not in the paper: logsnrs of the steps for dpm and sde, as a schedule u -> logsnr (B,).
+    """Not in the paper: logsnrs of the steps for dpm and sde, as a schedule u -> logsnr.
 
     asinh((logsnr - m) / width) is linear in u: steps are short near m, where the picture averaged
     to 32 x 32 has logsnr 0 (Eq. 4) and shapes form, longer before and after. At u = 1 the average
     of all d x d pixels, which noise hides last, has logsnr `first`; at u = 0 a pixel has `last`.
-    Neither is beyond the ends of the schedule. The numbers are by trial with flowers.pt (128).
+    Neither is beyond the ends of the schedule. Defaults: by trial with flowers.pt, 128 x 128.
     """
     m = 2 * math.log(32 / d)
     logsnr_first = schedule(torch.ones(1)).clamp(min=first - 2 * math.log(d))
@@ -173,10 +173,10 @@ def conditions(options, ckpt, config, classes):
 
 
 def walk(model, options, conds, numbers, res, device):
-    """Not in the paper: steps of a walk between two pictures (--between A B) -> model, new_noise.
+    """Not in the paper: a walk from picture number A to number B (--between) -> model, new_noise.
 
-    Step i of 0 to n - 1 is at f = i / (n - 1). Its noise is cos(f pi / 2) a + sin(f pi / 2) b, of
-    unit variance for independent a and b; its v_hat goes from that of A's condition to B's.
+    Picture i of 0 to n - 1 is at f = i / (n - 1). Its noise is cos(f pi / 2) a + sin(f pi / 2) b,
+    of unit variance for independent a and b; its v_hat goes from that of A's condition to B's.
     """
     f = torch.tensor([i / (options.n - 1) for i in numbers], device=device)[:, None, None, None]
     noise_a, noise_b = (picture_noise(options.seed, [end], res, device) for end in options.between)
@@ -205,7 +205,7 @@ def draw_batch(model, schedule, options, conds, numbers, res, device, folder, ba
                            options.guidance_interval or (-math.inf, math.inf))
     film_steps, webp_steps = ({round(k * (options.steps - 1) / (frames - 1)) for k in range(frames)}
                               for frames in (9, 128))
-    frames, moving = [], []                                 # z_t and x_hat of the first picture
+    frames, moving = [], []                 # of the first picture: (z_t, x_hat); pixels of x_hat
 
     def pixels(x):                                          # portraits are rotated back
         return np.rot90(to_uint8(x), -1, (1, 2)) if options.portrait else to_uint8(x)

@@ -1,4 +1,4 @@
-"""The trainer (Appendix B): Adam, warm-up, clipping, EMA; bf16, compiled, on one GPU or many.
+"""The trainer (Appendix B): Adam or Muon (ours), warm-up, clipping, EMA; on CPUs and GPUs.
 
     python train.py                              flowers at 64 x 64, on any machine
     torchrun --nproc_per_node=8 train.py --res 512 --data PATH
@@ -107,7 +107,7 @@ def train(config, ranks):
         for step in run.steps():                        # from the last checkpoint on
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config)
-            # The masks of dropout: a seed for each step, so that a resumed run repeats them.
+            # Dropout masks: a seed per step and rank. A run resumed on as many ranks repeats them.
             torch.manual_seed(seed_of(DROPOUT, config.seed, step, ranks.rank))
             losses = []
             for numbers, x, cond, is_last in run.parts_of_batch(step):

@@ -1,8 +1,9 @@
 """The U-ViT (Sections 3.3 to 3.5, Figure 8, Appendix B) and the table of presets.
 
 A small convolutional U-Net around a large transformer at 16 x 16: large maps cost memory, even with
-few weights. By Table 1 (batch 1024) 128 channels at 256 x 256 have 16 GB of features and 2.8 MB of
-kernel, 1024 channels at 16 x 16 have 0.5 GB and 180 MB. The first layer keeps maps at 128 or less.
+few weights. By Table 1 (a 3 x 3 convolution, batch 1024) 128 channels at 256 x 256 have 16 GB of
+features and 2.8 MB of kernel, 1024 channels at 16 x 16 have 0.5 GB and 180 MB. The first layer
+keeps maps at 128 x 128 or less.
 
     z -> wavelet -> ResBlocks at 128 -- a skip per ResBlock --> ResBlocks at 128 -> inverse -> v_hat
                       pool |                                           ^ upsample
@@ -24,11 +25,12 @@ from attention import dot_product_attention
 from schedule import height_width, mean_side
 from wavelet import dwt, idwt
 
-PRESETS = {     # widths at 128, 64, 32, 16; ResBlocks at 128, 64, 32; transformer blocks at 16 x 16
+PRESETS = {     # widths at 128, 64, 32, 16; blocks: ResBlocks at 128, 64, 32; depth: of the
+    # transformer, at 16 x 16. `laptop` has one halving more: its transformer is at 8 x 8.
     "laptop": dict(network=dict(widths=(16, 16, 32, 64, 128), blocks=(1, 1, 1, 1), depth=6,
                                 head_dim=64, emb_dim=256, dropout=0.0, position_init="sines"),
                    training=dict(batch=16, steps=3_800, lr=2e-3, warmup=100, optimizer="muon",
-                                 decay=.4)),    # lr falls over the last 40%; 8 x 8 tokens
+                                 decay=.4)),    # lr falls to 0 over the last 40% of the steps
     "tiny": dict(network=dict(widths=(16, 16, 48, 128), blocks=(1, 1, 1), depth=4, head_dim=64,
                               emb_dim=256, dropout=0.0, position_init="sines"),
                  training=dict(batch=32, steps=1_500, lr=2e-3, warmup=100)),
@@ -152,7 +154,7 @@ class Embedding(nn.Module):
             if text_width else None
 
     def forward(self, logsnr, cond=Condition(), encoded=None):
-        """encoded: features of a caption (B, L, T), mask (B, L), 1 for a token, at least one."""
+        """encoded: captions (B, 1 + L, text_width), mask (B, 1 + L): 1 where it counts."""
         # logsnr spans about 30: periods from 1 to 100. (MPS has no logspace.)
         periods = 10 ** torch.linspace(0, 2, self.emb_dim // 2, device=logsnr.device)
         angle = 2 * math.pi * logsnr[:, None] / periods
@@ -201,7 +203,7 @@ def sine_positions(width, H, W):
 
 
 def stages(widths, blocks, halvings):
-    """Widths and blocks from the largest map down. Those above 128 (patch "none") are as at 128."""
+    """Widths and blocks from the largest map down. Maps above 128, if any, have those of 128."""
     above = max(0, halvings - len(blocks))  # blocks: one entry per halving from 128 on
     widths, blocks = widths[:1] * above + widths, blocks[:1] * above + blocks
     unused = len(blocks) - halvings         # stages too large for the picture: 1 at 64 x 64
@@ -212,10 +214,10 @@ class UViT(nn.Module):
     """U-ViT (Figure 8): z (B, 3, H, W), logsnr (B,), a Condition or None -> v_hat, shaped as z.
 
     res: 512 or "384x640"; its sides must be multiples of 2^(levels + halvings), see below;
-    widths, blocks, depth, head_dim, emb_dim, dropout, position_init: see PRESETS. The
-    largest map has, up to 128, two channels or more for each of the wavelet (docs/results.md);
+    widths, blocks, depth, head_dim, emb_dim, dropout, position_init: see PRESETS. The largest
+    map has two channels or more for each one of the wavelet, or 128 or more (docs/results.md);
     patch: "dwt", "conv" (strided and transposed convolution) or "none" (full-size maps);
-    largest_map, dropout_res: sides of the largest map, and of the largest one with dropout;
+    largest_map: greatest side of a map;  dropout_res: greatest one where ResBlocks have dropout;
     classes: 0 for none;  portrait: whether it is told Condition.portrait;
     text: None, or an encoder of captions, which brings its cross-attention block (text.py).
     """

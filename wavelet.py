@@ -2,14 +2,14 @@
 
 In a convolutional network a 512 x 512 picture means 512 x 512 feature maps, which take most of the
 memory and time although they hold only fine detail. The wavelet exchanges pixels for channels and
-loses nothing. One level along one axis is two "lifting" steps, without rounding:
+loses nothing. One level along one axis is two "lifting" steps (JPEG 2000 also rounds to integers):
 
     d[n] = x[2n+1] - (x[2n] + x[2n+2]) / 2      detail: odd samples less what their neighbours say
     s[n] = x[2n] + (d[n-1] + d[n]) / 4          low band: x at half the size, as bright as x
 
 Borders are mirrored: x[N] = x[N-2] and d[-1] = d[0]. Each step adds to one half of the samples a
-function of the other half, so subtracting the same in reverse order inverts it exactly. The paper
-does not say whether the bands are scaled; here they are not.
+function of the other half, so that subtracting the same in reverse order undoes both steps. The
+paper does not say whether the bands are scaled; here they are not.
 """
 import torch
 import torch.nn.functional as F

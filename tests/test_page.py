@@ -15,7 +15,7 @@ import run
 import train
 from tests.helpers import one_line, run_train
 
-CONFIG = dict(data="", res=64, text="", steps=4000, batch=16)
+CONFIG = dict(data="", res=64, text="", model="laptop", steps=4000, batch=16)
 
 
 def line(step, loss, **more):
@@ -81,7 +81,7 @@ def test_page_says_how_far_the_run_is_and_what_to_type(tmp_path):
     assert "grid-0000050.png" in text and "loss from 0.9 at step 1 to 0.05 at step 2000" in text
     assert [len(curves) for curves in charts(text)] == [8, 1]
     assert charts(text)[0][1][0] == 2 * charts(text)[0][1][0][:1]      # a dot: one finite loss
-    for state, words in (("failed", "same command resumes"), ("stopped", "same command resumes"),
+    for state, words in (("failed", "this command resumes"), ("stopped", "this command resumes"),
                          ("finished", "--steps 8000")):
         text = page.page(out, CONFIG, "python train.py", state, lines, reports, {})
         assert "http-equiv" not in text and words in text
@@ -91,7 +91,7 @@ def test_reference_run_is_grey_behind_a_run_on_the_same_pictures_and_noise(tmp_p
     reference = write_log(tmp_path / "reference", [report(50, [.8] * 8), report(1000, [.1] * 8),
                                                    report(4000, [.01] * 8)]) / "log.jsonl"
     monkeypatch.setattr(page, "REFERENCE", reference)
-    flowers = dict(data="", res=64, text="", schedule="shifted", noise_d=32, batch=16)
+    flowers = CONFIG | dict(schedule="shifted", noise_d=32)
     reports = [report(50, [.8] * 8), report(1000, [.2] * 8)]
 
     def curves(reports, steps=2000, **settings):
