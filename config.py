@@ -256,15 +256,15 @@ def parse_sampling(argv):
     if options.schedule and options.spacing != "t":
         fail(f"--schedule {options.schedule}: is for --sampler ancestral or ddim")
     options.steps = options.steps or (18 if options.spacing == "asinh" else 128)
-    options.n = options.n or len(options.prompt) or 20
+    options.n = options.n or len(options.prompt) * (not options.between) or 20
     if options.guidance_interval:
         low, high = options.guidance_interval
         if low > high:
             fail(f"--guidance-interval {low} {high}: the first must be the lower")
     if options.between:
-        if min(options.between) < 0 or options.n < 2:
-            fail("--between {} {}: needs two numbers from 0 on, and --n of 2 or more".format(
-                *options.between))
+        a, b = options.between
+        if min(a, b) < 0 or a == b or options.n < 2:
+            fail(f"--between {a} {b}: needs two different numbers from 0 on, and --n of 2 or more")
         if options.film or options.guidance_interval:
             fail("--between: not together with --film or --guidance-interval")
     return options

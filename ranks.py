@@ -21,7 +21,7 @@ from memory import checkpointable_blocks, recompute_blocks
 from schedule import mean_side
 
 PARENT = os.getppid()           # under torchrun: torchrun, while it lives
-CONNECT_SECONDS = 30            # to reach torchrun on this machine; after that it is gone
+CONNECT_SECONDS = 30            # to reach torchrun, on several nodes the first's; then it is gone
 
 
 # ---------------------------------------------------------------------------- devices, compiler
@@ -76,9 +76,12 @@ def store_of_those_here(store, rank, world, timeout):
     leaves a number of its own there, and all wait until they see the same numbers.
     """
     end = time.time() + timeout.total_seconds()
-    store.set(f"number {rank}", uuid.uuid4().hex)
+    own = uuid.uuid4().hex
+    store.set(f"number {rank}", own)
     while time.time() < end:
         numbers = store.multi_get([f"number {other}" for other in range(world)])    # of all: waits
+        if numbers[rank] != own.encode():
+            raise RuntimeError(f"another process is rank {rank}")
         seen = hashlib.sha256(b"".join(numbers)).hexdigest()
         store.set(f"seen {rank}", seen)
         if set(store.multi_get([f"seen {other}" for other in range(world)])) == {seen.encode()}:

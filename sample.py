@@ -180,12 +180,12 @@ def walk(model, options, conds, numbers, res, device):
     """
     f = torch.tensor([i / (options.n - 1) for i in numbers], device=device)[:, None, None, None]
     noise_a, noise_b = (picture_noise(options.seed, [end], res, device) for end in options.between)
-    ends = [to_device(stacked([conds[end % len(conds)]] * len(numbers)), device)
-            for end in options.between]
+    cond_a, cond_b = (to_device(stacked([conds[end % len(conds)]] * len(numbers)), device)
+                      for end in options.between)
 
     def mixed(z, logsnr, _):
-        v_a, v_b = (guided(model, z, logsnr, cond, options.guidance) for cond in ends)
-        return (1 - f) * v_a + f * v_b
+        return ((1 - f) * guided(model, z, logsnr, cond_a, options.guidance)
+                + f * guided(model, z, logsnr, cond_b, options.guidance))
 
     angle = f * math.pi / 2
     return mixed, lambda: torch.cos(angle) * noise_a() + torch.sin(angle) * noise_b()
@@ -237,8 +237,11 @@ def draw_all(model, schedule, options, conds, res, ranks, folder):
     if ranks.is_first:
         # A column per class or caption, if there are 2 to 12; else a square. At most ten rows.
         columns = len(conds) if 1 < len(conds) <= 12 else round(min(options.n, 100) ** .5)
-        columns = 10 if options.between else columns
-        shown = [folder.read(i) for i in range(min(options.n, 10 * columns))]
+        shown = range(min(options.n, 10 * columns))
+        if options.between:                 # from end to end
+            columns = min(options.n, 10)
+            shown = np.linspace(0, options.n - 1, min(options.n, 100)).round().astype(int)
+        shown = [folder.read(i) for i in shown]
         folder.save("grid.png", grid(shown, columns))
         if options.between:
             folder.save_moving("film.webp", shown)

@@ -119,7 +119,7 @@ def formulas(text):
 def prose(docstring):
     """HTML of a docstring: paragraphs; what is indented keeps its lines."""
     blocks = []
-    for paragraph in re.split(r"\n\s*\n", docstring):
+    for paragraph in re.split(r"\n\s*\n", docstring) if docstring else []:
         if all(line.startswith("    ") for line in paragraph.splitlines()):
             blocks.append(f'<div class="block">{formulas(paragraph)}</div>')
         else:                   # "t: (B,) in [0, 1]" begins a line of its own

@@ -87,7 +87,7 @@ def test_page_says_how_far_the_run_is_and_what_to_type(tmp_path):
         assert "http-equiv" not in text and words in text
 
 
-def test_reference_run_is_grey_behind_a_run_on_the_same_pictures_and_noise(tmp_path, monkeypatch):
+def test_reference_run_is_grey_behind_one_of_the_same_data_and_schedule(tmp_path, monkeypatch):
     reference = write_log(tmp_path / "reference", [report(50, [.8] * 8), report(1000, [.1] * 8),
                                                    report(4000, [.01] * 8)]) / "log.jsonl"
     monkeypatch.setattr(page, "REFERENCE", reference)

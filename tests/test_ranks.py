@@ -110,6 +110,13 @@ def test_ranks_that_restart_wait_for_those_that_have_yet_to():
         after = [rank.result() for rank in [first, arrive(1)]]
     after[0].set("there", "0")
     assert after[1].check(["there"]) and not after[1].check(["address"])
+    with ThreadPoolExecutor() as pool:      # two processes with one rank: the older one leaves
+        older = arrive(1)
+        time.sleep(.2)
+        newer, first = arrive(1), arrive(0)
+        assert first.result() and newer.result()
+        with pytest.raises(RuntimeError, match="another process is rank 1"):
+            older.result()
     with pytest.raises(RuntimeError, match="same time"):
         ranks.store_of_those_here(store, 0, 2, timedelta(seconds=.2))
 

@@ -51,7 +51,7 @@ def anchors(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_file_and_heading_that_a_page_links_to_exists(page):
     missing = []
-    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+    for link in re.findall(r'(?:\]\(|src=")([^)"\s]+)', page.read_text()):
         file, _, anchor = link.partition("#")
         target = page.parent / file if file else page
         if "://" not in link and not (target.exists()

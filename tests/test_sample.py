@@ -18,6 +18,7 @@ import run
 import sample as sampling
 import schedule
 import uvit
+from config import parse_sampling
 from noise import picture_noise
 from tests.helpers import (HERE, PYTHON, TORCHRUN, condition, full_disk, one_line, run_script,
                            run_train)
@@ -98,6 +99,20 @@ def test_walk_begins_and_ends_with_the_pictures_it_joins(tmp_path, trained_run):
     before = pngs(tmp_path / "walk")
     sampling.main([*flags, "--n", "5", "--between", "1", "5", "--out", str(tmp_path / "walk")])
     assert pngs(tmp_path / "walk") == before
+    assert Image.open(tmp_path / "walk/grid.png").width == 5 * walk.shape[2]
+
+
+def test_film_and_grid_of_a_long_walk_show_100_of_its_pictures_from_end_to_end(tmp_path):
+    options = parse_sampling(["--n", "201", "--between", "0", "1", "--batch", "300"])
+    shown = []
+    folder = SimpleNamespace(has=lambda numbers: True, read=lambda i: np.full((4, 4, 3), i),
+                             save=lambda name, image: None, save_npz=lambda: None,
+                             save_moving=lambda name, frames: shown.extend(frames))
+    sampling.draw_all(None, None, options, [None], 4, ranks.Ranks(), folder)
+    numbers = [frame[0, 0, 0] for frame in shown]
+    assert numbers[0] == 0 and numbers[-1] == 200 and len(numbers) == 100
+    assert set(np.diff(numbers)) == {2, 3}
+    assert parse_sampling(["--prompt", "a", "b", "--between", "0", "1"]).n == 20
 
 
 def test_sample_writes_grid_pngs_and_npz_the_same_on_one_rank_or_two(tmp_path, trained_run):
