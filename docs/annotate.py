@@ -1,16 +1,16 @@
 """The files of the paper as pages: prose and equations on the left, code on the right.
 
     pip install pygments latex2mathml
-    python docs/annotate.py [FOLDER]            docs/pages/schedule.html, ...
+    python docs/annotate.py [FOLDER]            FOLDER/schedule.html, ... (default: docs/pages)
 
 All text is that of the sources: a docstring stands beside the code that follows it, formulas in it
 are set as such, and the figures of the README stand where they belong.
 """
+import argparse
 import ast
 import html
 import os
 import re
-import sys
 from pathlib import Path
 
 from latex2mathml.converter import convert
@@ -151,8 +151,11 @@ def page(file, assets, names=FILES):
             f"<body><nav>{links}</nav><h1>{file}</h1>{''.join(rows)}</body></html>\n")
 
 
-def main(folder=HERE / "docs" / "pages"):
-    folder = Path(folder)
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=HERE / "docs" / "pages")
+    folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
     assets = Path(os.path.relpath(HERE / "assets", folder)).as_posix()
     for file in FILES:
@@ -162,4 +165,4 @@ def main(folder=HERE / "docs" / "pages"):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    main()

@@ -25,7 +25,7 @@ def test_notebook_runs_from_top_to_bottom(tmp_path):
         shutil.copy(file, tmp_path)
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "assets").symlink_to(HERE / "assets")
-    write_folder(tmp_path / "pictures", 8)
+    write_folder(tmp_path / "pictures", 16)
     text = NOTEBOOK.read_text()
     for usual, less in LESS.items():
         assert json.dumps(usual)[1:-1] in text
@@ -37,6 +37,6 @@ def test_notebook_runs_from_top_to_bottom(tmp_path):
     shown = [[part for part in cell if "image/png" in part.get("data", {})] for cell in outputs]
     printed = "".join(part.get("text", "") for cell in outputs for part in cell)
     # Samples, the run, its losses, samples of it, Figures 3, 5 and 7.
-    assert sum(map(bool, shown)) == 7
+    assert sum(map(bool, shown)) == 7, printed
     assert float(printed.split("of the inverse: ")[1].split()[0]) < 1e-5
     assert "done: runs/notebook/grid.png" in printed and (tmp_path / "train.log").exists()
