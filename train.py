@@ -6,7 +6,7 @@
 `train` is the recipe. The n-th training example, counted over all epochs, has its picture, its t
 and its noise fixed by the seed and n. So the gradient is the same, up to rounding and dropout
 masks, on one GPU or many and however many parts a batch is computed in (gradient accumulation), and
-a resumed run is the same as one that never stopped.
+a run that resumes on as many ranks, in as many parts, is the same as one that never stopped.
 Options are in config.py, processes in ranks.py; a Run (run.py) hands out batches, logs and saves.
 """
 import copy

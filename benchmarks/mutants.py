@@ -1045,8 +1045,8 @@ PHOTOGRAPHS = [
 SCALE = [
     ("run.py", "content = self.copies = host_copy(content, self.copies)", "pass",
      "weights_of_its_step"),
-    ("run.py", "        self.last_save_is_written()             # one at a time: its copies are used "
-     "again\n", "", "one_checkpoint_at_a_time"),
+    ("run.py", "        self.last_save_is_written()             # one at a time: its copies are "
+     "used again\n", "", "one_checkpoint_at_a_time"),
     ("run.py", "self.writing is None or self.writing.result()", "True", "not_of_the_disk"),
     ("run.py", "(self.writing is None or self.writing.done())", "True", "due_by_the_clock"),
     ("run.py", "60 * self.config.save_minutes", "600 * self.config.save_minutes",
