@@ -29,8 +29,8 @@ def eps_from_v(z, v, alpha, sigma):
 def multiscale_mse(error, coarsest=32):
     """Multiscale loss (Section 3.2): sum over s in {32, 64, ..., d} of (1/s) L^{s x s}.
 
-    L^{s x s} = 1/s^2 || D_s[eps - eps_hat] ||^2, where D_s averages down to s x s:
-    this multiplies the variance of a white error by (s/d)^2 and leaves a smooth error as it is.
+    L^{s x s} = 1/s^2 || D_s[eps - eps_hat] ||^2, where D_s averages down to s x s.
+    D_s multiplies the variance of a white error by (s/d)^2 and leaves a smooth error as it is.
     error: eps - eps_hat, or v - v_hat, (B, C, H, W) -> scalar, a mean over batch and channels.
     Here s = d, d / 2, d / 4, ... down to coarsest (the paper's 32) or the last above it, with
     d = sqrt(H W): for 384 x 640 about 496, 248, 124, 62.

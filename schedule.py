@@ -6,7 +6,7 @@
 Averaging s x s pixels multiplies the signal-to-noise ratio by s^2 (Eq. 4). With the same schedule
 at every size, the coarse content of a large picture is visible at nearly all t, so that few t train
 the network to draw it. Lowering logsnr by 2 log(d / noise_d) undoes this: averaged to noise_d x
-noise_d, a d x d picture is then as noisy as with the cosine schedule at d = noise_d (Eq. 5).
+noise_d, a d x d picture is then as noisy as one of noise_d x noise_d with cosine (Eq. 5).
 The network's only time input is logsnr. `python figures.py` draws these curves.
 """
 import math

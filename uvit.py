@@ -214,10 +214,10 @@ class UViT(nn.Module):
     """U-ViT (Figure 8): z (B, 3, H, W), logsnr (B,), a Condition or None -> v_hat, shaped as z.
 
     res: 512 or "384x640"; its sides must be multiples of 2^(levels + halvings), see below;
-    widths, blocks, depth, head_dim, emb_dim, dropout, position_init: see PRESETS. The largest
-    map has two channels or more for each one of the wavelet, or 128 or more (docs/results.md);
+    widths, blocks, depth, head_dim, emb_dim, dropout, position_init: see PRESETS.
+    widths[0] is raised, if lower, to min(128, 6 4^levels), twice the wavelet's channels;
     patch: "dwt", "conv" (strided and transposed convolution) or "none" (full-size maps);
-    largest_map: greatest side of a map;  dropout_res: greatest one where ResBlocks have dropout;
+    largest_map: greatest side of a map;  dropout_res: greatest side with dropout in ResBlocks;
     classes: 0 for none;  portrait: whether it is told Condition.portrait;
     text: None, or an encoder of captions, which brings its cross-attention block (text.py).
     """
